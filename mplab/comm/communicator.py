@@ -1,0 +1,359 @@
+"""The interface by which ranks talk, the same over threads, CUDA streams and torch.distributed.
+
+A communicator belongs to one rank of one group. Every rank of the group calls the same collectives in the same order;
+what it says it calls (a `Call`) travels with the data and is compared, because a backend alone may answer a
+disagreement with wrong numbers.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from mplab.comm.ledger import Ledger
+from mplab.comm.reduction import check_op
+from mplab.errors import MplabError
+from mplab.trace.recorder import Recorder
+
+T = TypeVar("T")
+
+
+class Call(NamedTuple):
+    """What a rank says it calls. Ranks of a group whose calls differ get a `CollectiveMismatch`.
+
+    `shape` has -1 where ranks may differ (the gathered dimension) and is None where only the root knows it.
+    """
+
+    name: str
+    op: str | None = None
+    root: int | None = None
+    dim: int | None = None
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+
+    def agrees(self, other: Call) -> bool:
+        """True if the two can be the same collective: a rank that gives no tensor knows no shape and no dtype."""
+        return self[:4] == other[:4] and all(
+            a == b or a is None or b is None for a, b in zip(self[4:], other[4:], strict=True)
+        )
+
+    def with_shape_of(self, other: Call) -> Call:
+        """This call with the shape and dtype of another, where it knows none itself."""
+        return self if self.shape is not None else self._replace(shape=other.shape, dtype=other.dtype)
+
+    def __str__(self) -> str:
+        said = [
+            f"{key}={value!r}"
+            for key, value in (("op", self.op), ("root", self.root), ("dim", self.dim))
+            if value is not None
+        ]
+        if self.shape is not None:
+            said.append(f"shape=({', '.join('?' if s < 0 else str(s) for s in self.shape)})")
+        if self.dtype is not None:
+            said.append(str(self.dtype).removeprefix("torch."))
+        return f"{self.name}({', '.join(said)})"
+
+
+class Handle(Generic[T]):
+    """An operation under way. `wait()` finishes it and returns its result; a second `wait()` returns the same again."""
+
+    __slots__ = ("_finish", "_result")
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish: Callable[[], T] | None = finish
+
+    def wait(self) -> T:
+        """Finish the operation and return its result (None for a send)."""
+        if self._finish is not None:
+            # Forget the closure first: it holds tensors that nobody needs after this.
+            finish, self._finish = self._finish, None
+            self._result = finish()
+        return self._result
+
+
+class Communicator(abc.ABC):
+    """Sends, receives and collectives of one rank in one group.
+
+    A collective returns a new tensor, outside autograd; names that end in `_` work in place. Names that begin with `i`
+    start an operation and return a `Handle`: leave its input alone until `wait()`, and wait in the order of starting.
+    Inputs may be non-contiguous or empty, of any dtype that torch can add. Ranks are counted within the group.
+
+    Args:
+        rank: this rank's place in the group.
+        ranks: world ranks of the group, in order.
+        device: where its tensors live.
+        ledger: counts what this rank sends and receives, over all of its groups.
+        trace: writes down when.
+    """
+
+    def __init__(
+        self, rank: int, ranks: tuple[int, ...], device: torch.device, ledger: Ledger, trace: Recorder
+    ) -> None:
+        self.rank = rank
+        self.ranks = ranks
+        self.size = len(ranks)
+        self.device = device
+        self.ledger = ledger
+        self.trace = trace
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank {self.rank} of {self.size}, world ranks {list(self.ranks)}, {self.device})"
+
+    # -- one rank to another ------------------------------------------------------------------------------------------
+
+    def send(self, x: Tensor, dst: int, tag: int = 0) -> None:
+        """Send `x` to rank `dst`; `x` may be changed as soon as this returns.
+
+        Args:
+            x: any shape and dtype.
+            dst: the receiver's rank in this group.
+            tag: messages of one pair with different tags may be received in any order.
+
+        Raises:
+            MplabError: no such rank, the rank itself, or a tensor on another device.
+
+        **Communication**: 1 message of `x`'s bytes to `dst`.
+        """
+        self.isend(x, dst, tag).wait()
+
+    def recv(self, src: int, tag: int = 0) -> Tensor:
+        """The next tensor that rank `src` sent here with this tag, of the shape and dtype it was sent with."""
+        return self.irecv(src, tag).wait()
+
+    def isend(self, x: Tensor, dst: int, tag: int = 0) -> Handle[None]:
+        """Start a `send`."""
+        self._check_tensor(x, "isend")
+        return self._start_send(x.detach(), self._check_peer(dst, "dst"), tag)
+
+    def irecv(self, src: int, tag: int = 0) -> Handle[Tensor]:
+        """Start a `recv`."""
+        return self._start_recv(self._check_peer(src, "src"), tag)
+
+    # -- all ranks of the group ---------------------------------------------------------------------------------------
+
+    def broadcast(self, x: Tensor | None, root: int = 0) -> Tensor:
+        """Rank `root`'s tensor, on every rank.
+
+        Args:
+            x: any shape on the root; elsewhere None, or a tensor whose shape and dtype must be the root's.
+            root: whose tensor.
+
+        **Communication**: the root sends n - 1 messages of `x`'s bytes.
+        """
+        return self._run(self._rooted_call("broadcast", x, root), x)
+
+    def reduce(self, x: Tensor, op: str = "sum", root: int = 0) -> Tensor | None:
+        """The reduction over all ranks, in rank order: a tensor on `root`, None elsewhere.
+
+        **Communication**: every rank but the root sends 1 message of `x`'s bytes.
+        """
+        self._check_root(root)
+        out = self._run(self._reduction_call("reduce", x, op)._replace(root=root), x)
+        return out if self.rank == root else None
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """The reduction over all ranks, in rank order, as a new tensor on every rank.
+
+        Args:
+            x: any shape, the same on every rank.
+            op: "sum", "mean", "max", "min" or "product".
+
+        **Communication**: 2(n-1) messages, 2(n-1)/n of `x`'s bytes: every rank reduces one chunk and sends it to all
+        others.
+
+        **Reference**: Rabenseifner, "Optimization of Collective Reduction Operations", 2004, section 3.
+        """
+        return self._run(self._reduction_call("all_reduce", x, op), x)
+
+    def all_reduce_(self, x: Tensor, op: str = "sum") -> Tensor:
+        """`all_reduce` into `x` itself, which is returned: no memory is allocated."""
+        self._run(self._reduction_call("all_reduce_", x, op), x)
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        """All ranks' tensors, concatenated along `dim` in rank order.
+
+        Args:
+            x: at least 1-D; ranks may differ in the size of `dim`, and in nothing else.
+            dim: along which to concatenate.
+
+        **Communication**: n - 1 messages of `x`'s bytes a rank.
+        """
+        return self._run(self._gather_call("all_gather", x, dim), x)
+
+    def reduce_scatter(self, x: Tensor, op: str = "sum", dim: int = 0) -> Tensor:
+        """This rank's chunk of the reduction over all ranks: chunk `rank` of `x.tensor_split(n, dim)`.
+
+        Args:
+            x: at least 1-D, the same shape on every rank; n need not divide its size (the first chunks are one longer
+                then).
+            op: as in `all_reduce`.
+            dim: along which to split.
+
+        **Communication**: n - 1 messages a rank, all chunks but its own.
+        """
+        return self._run(self._reduce_scatter_call(x, op, dim), x)
+
+    def scatter(self, x: Tensor | None, root: int = 0, dim: int = 0) -> Tensor:
+        """This rank's chunk of rank `root`'s tensor, as `x.tensor_split(n, dim)` cuts it; `x` is None off the root.
+
+        **Communication**: the root sends n - 1 messages, all chunks but its own.
+        """
+        x = x if self.rank == root else None
+        call = self._rooted_call("scatter", x, root)._replace(dim=dim)
+        if x is not None:
+            self._check_dim(x, dim, "scatter")
+        return self._run(call, x)
+
+    def gather(self, x: Tensor, root: int = 0, dim: int = 0) -> Tensor | None:
+        """All ranks' tensors, concatenated along `dim` in rank order, on `root`; None elsewhere.
+
+        **Communication**: every rank but the root sends 1 message of its tensor's bytes.
+        """
+        self._check_root(root)
+        out = self._run(self._gather_call("gather", x, dim)._replace(root=root), x)
+        return out if self.rank == root else None
+
+    def all_to_all(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """Element j of every rank's list, as a list in rank order on rank j.
+
+        Args:
+            xs: n tensors of one dtype, of any shapes; `xs[j]` goes to rank j.
+
+        **Communication**: n - 1 messages a rank, all elements but its own.
+        """
+        if len(xs) != self.size:
+            raise MplabError(f"all_to_all needs one tensor for each of {self.size} ranks, got {len(xs)}")
+        for x in xs:
+            self._check_tensor(x, "all_to_all")
+        if len({x.dtype for x in xs}) > 1:
+            raise MplabError(
+                f"all_to_all needs tensors of one dtype, got {sorted({str(x.dtype) for x in xs})}: convert them first"
+            )
+        return self._start_all_to_all(Call("all_to_all", dtype=xs[0].dtype), [x.detach() for x in xs]).wait()
+
+    def barrier(self) -> None:
+        """Wait until every rank of the group is here.
+
+        **Communication**: n - 1 empty messages a rank.
+        """
+        self._run(Call("barrier"), None)
+
+    # -- started now, finished later ----------------------------------------------------------------------------------
+
+    def iall_reduce(self, x: Tensor, op: str = "sum") -> Handle[Tensor]:
+        """Start an `all_reduce`."""
+        return self._start(self._reduction_call("all_reduce", x, op), x)
+
+    def iall_reduce_(self, x: Tensor, op: str = "sum") -> Handle[Tensor]:
+        """Start an `all_reduce_`."""
+        return self._start(self._reduction_call("all_reduce_", x, op), x)
+
+    def iall_gather(self, x: Tensor, dim: int = 0) -> Handle[Tensor]:
+        """Start an `all_gather`."""
+        return self._start(self._gather_call("all_gather", x, dim), x)
+
+    def ireduce_scatter(self, x: Tensor, op: str = "sum", dim: int = 0) -> Handle[Tensor]:
+        """Start a `reduce_scatter`."""
+        return self._start(self._reduce_scatter_call(x, op, dim), x)
+
+    # -- what a backend provides --------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def group(self, ranks: Sequence[int]) -> Communicator:
+        """A communicator of some of this group's ranks; each of them calls this with the same list.
+
+        Args:
+            ranks: ranks of this group, in the new group's order, this rank among them.
+
+        Raises:
+            MplabError: a rank twice, out of range, or a list without this rank.
+        """
+
+    @abc.abstractmethod
+    def _start_send(self, x: Tensor, dst: int, tag: int) -> Handle[None]: ...
+
+    @abc.abstractmethod
+    def _start_recv(self, src: int, tag: int) -> Handle[Tensor]: ...
+
+    @abc.abstractmethod
+    def _start(self, call: Call, x: Tensor | None) -> Handle[Tensor]:
+        """Start any collective of one tensor; where a rank gets nothing (`reduce` off the root) the result is empty."""
+
+    def _run(self, call: Call, x: Tensor | None) -> Tensor:
+        """Start a collective and finish it; a backend may have a shorter way."""
+        return self._start(call, x).wait()
+
+    @abc.abstractmethod
+    def _start_all_to_all(self, call: Call, xs: list[Tensor]) -> Handle[list[Tensor]]: ...
+
+    # -- checks, before any message -----------------------------------------------------------------------------------
+
+    def _check_tensor(self, x: Tensor | None, where: str) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise MplabError(f"{where} needs a torch.Tensor, got {type(x).__name__}: wrap it with torch.as_tensor(...)")
+        if x.device != self.device:
+            raise MplabError(
+                f"{where} got a tensor on {x.device}, but rank {self.rank} computes on {self.device}: "
+                "move it with x.to(rank.device)"
+            )
+        if x.layout != torch.strided:
+            raise MplabError(f"{where} needs a dense tensor, got {x.layout}: convert it with x.to_dense()")
+        return x
+
+    def _check_peer(self, peer: int, name: str) -> int:
+        if not 0 <= peer < self.size:
+            raise MplabError(
+                f"{name}={peer} is no rank of this group of {self.size}: ranks go from 0 to {self.size - 1}"
+            )
+        if peer == self.rank:
+            raise MplabError(f"{name}={peer} is this rank itself: a rank needs no message to keep what it has")
+        return peer
+
+    def _check_root(self, root: int) -> None:
+        if not 0 <= root < self.size:
+            raise MplabError(f"root={root} is no rank of this group of {self.size}: ranks go from 0 to {self.size - 1}")
+
+    def _check_dim(self, x: Tensor, dim: int, where: str) -> int:
+        if not -x.dim() <= dim < x.dim():
+            raise MplabError(
+                f"{where} along dim={dim} of a tensor of shape {tuple(x.shape)}: "
+                f"dim must be from {-x.dim()} to {x.dim() - 1}"
+            )
+        return dim % x.dim()
+
+    def _check_group(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """World ranks of a new group."""
+        if len(set(ranks)) != len(ranks) or not all(0 <= r < self.size for r in ranks):
+            raise MplabError(f"group({list(ranks)}): each rank once, from 0 to {self.size - 1}")
+        if self.rank not in ranks:
+            raise MplabError(
+                f"group({list(ranks)}) was called by rank {self.rank}, which is not in it: only its members call it"
+            )
+        return tuple(self.ranks[r] for r in ranks)
+
+    # -- what is called -----------------------------------------------------------------------------------------------
+
+    def _reduction_call(self, name: str, x: Tensor, op: str) -> Call:
+        self._check_tensor(x, name)
+        check_op(op, x.dtype)
+        return Call(name, op, None, None, tuple(x.shape), x.dtype)
+
+    def _reduce_scatter_call(self, x: Tensor, op: str, dim: int) -> Call:
+        return self._reduction_call("reduce_scatter", x, op)._replace(dim=self._check_dim(x, dim, "reduce_scatter"))
+
+    def _gather_call(self, name: str, x: Tensor, dim: int) -> Call:
+        self._check_tensor(x, name)
+        dim = self._check_dim(x, dim, name)
+        return Call(name, None, None, dim, (*x.shape[:dim], -1, *x.shape[dim + 1 :]), x.dtype)
+
+    def _rooted_call(self, name: str, x: Tensor | None, root: int) -> Call:
+        self._check_root(root)
+        if x is None and self.rank != root:
+            return Call(name, None, root)
+        self._check_tensor(x, f"{name} on its root" if x is None else name)
+        return Call(name, None, root, None, tuple(x.shape), x.dtype)  # type: ignore[union-attr]

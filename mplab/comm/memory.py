@@ -1,0 +1,70 @@
+"""How a tensor gets from one thread rank to another: shared memory, CUDA events on one GPU, copies between GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostMemory:
+    """CPU tensors: what another thread wrote can be read at once."""
+
+    device = torch.device("cpu")
+
+    def publish(self) -> Any:
+        """A mark after everything that this rank has computed so far; None: it is there already."""
+        return None
+
+    def observe(self, x: Tensor | None, event: Any) -> None:
+        """Let this rank read what a peer published with this mark."""
+
+    def local(self, x: Tensor) -> Tensor:
+        """A peer's tensor, readable by this rank's kernels."""
+        return x
+
+    def copy(self, x: Tensor) -> Tensor:
+        """A copy of a tensor that can be read from here, for this rank."""
+        return self.handover(x, self.device)
+
+    def handover(self, x: Tensor, device: torch.device) -> Tensor:
+        """A copy that belongs to a rank on `device`."""
+        return x.clone(memory_format=torch.contiguous_format)
+
+
+class CudaMemory(HostMemory):
+    """CUDA tensors: the reader's stream waits for the writer's event, the host never does.
+
+    Args:
+        device: this rank's GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def publish(self) -> Any:
+        """An event after everything on this rank's stream."""
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def observe(self, x: Tensor | None, event: Any) -> None:
+        """Make this rank's stream wait for the event, and the stream on which a peer GPU's memory would be copied."""
+        streams = {torch.cuda.current_stream(self.device)}
+        if x is not None and x.device != self.device:
+            # A copy between GPUs runs on the source's current stream, and in this thread that is not the writer's.
+            streams.add(torch.cuda.current_stream(x.device))
+        for stream in streams:
+            stream.wait_event(event)
+            if x is not None and stream.device == x.device:
+                # The caching allocator must not hand this memory out again while our stream still reads it.
+                x.record_stream(stream)
+
+    def local(self, x: Tensor) -> Tensor:
+        """The tensor itself, or a copy of it on this GPU."""
+        return x if x.device == self.device else x.to(self.device, non_blocking=True)
+
+    def handover(self, x: Tensor, device: torch.device) -> Tensor:
+        """A copy on this rank's stream, or one on the receiver's GPU."""
+        return super().handover(x, device) if device == x.device else x.contiguous().to(device, non_blocking=True)

@@ -1,0 +1,314 @@
+"""Ranks of one process: CPU threads, CUDA streams on one GPU, one GPU each.
+
+Peers read each other's tensors where they lie. A collective is a *meeting*: every rank brings its call and its tensor.
+Up to `SMALL_BYTES` the last one to come computes the results of all, so that each of the others is woken once and
+nothing else. Above it all go on together: each computes its share, and they meet once more before anyone may change
+what another still reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplab.comm import collectives
+from mplab.comm.communicator import Call, Communicator, Handle
+from mplab.comm.hub import Hub, Meeting
+from mplab.comm.ledger import Ledger, Message
+from mplab.comm.link import sleep_until
+from mplab.comm.memory import CudaMemory, HostMemory
+from mplab.errors import CollectiveMismatch
+from mplab.plan.cost import Link
+from mplab.plan.traffic import Traffic, direct_traffic
+from mplab.trace.recorder import Mark, Recorder
+
+# Below this one rank alone is faster than a second meeting: on two cores waking a rank costs as much as copying some
+# 256 KiB.
+SMALL_BYTES = 1 << 18
+
+
+class ThreadCommunicator(Communicator):
+    """One thread rank's end of the channels.
+
+    Args:
+        rank: this rank's place in the group.
+        ranks: world ranks of the group, in order.
+        device: where its tensors live.
+        ledger: counts messages and bytes.
+        trace: writes down when.
+        hub: what the ranks of this run share.
+        link: delays messages like a slower network; None: as fast as memory.
+        rendezvous: a send waits until it is received.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        ranks: tuple[int, ...],
+        device: torch.device,
+        ledger: Ledger,
+        trace: Recorder,
+        hub: Hub,
+        link: Link | None = None,
+        rendezvous: bool = False,
+    ) -> None:
+        super().__init__(rank, ranks, device, ledger, trace)
+        self._hub, self._link, self._rendezvous = hub, link, rendezvous
+        self._me = ranks[rank]
+        self._memory = CudaMemory(device) if device.type == "cuda" else HostMemory()
+        self._is_host = device.type != "cuda"
+        self._meetings = hub.meetings(ranks)
+        self._devices = [hub.devices[r] for r in ranks]
+        self._num_calls = 0
+        self._link_free_ns = 0
+        self._traffic: dict[Call, list[Traffic]] = {}
+        self._num_sent: dict[Hashable, int] = {}
+        self._num_received: dict[Hashable, int] = {}
+        self._groups: dict[tuple[int, ...], ThreadCommunicator] = {}
+        self._others = tuple(r for r in ranks if r != self._me)
+
+    def group(self, ranks: Sequence[int]) -> ThreadCommunicator:
+        members = self._check_group(ranks)
+        if members not in self._groups:
+            self._groups[members] = ThreadCommunicator(
+                members.index(self._me),
+                members,
+                self.device,
+                self.ledger,
+                self.trace,
+                self._hub,
+                self._link,
+                self._rendezvous,
+            )
+        return self._groups[members]
+
+    # -- one rank to another ------------------------------------------------------------------------------------------
+
+    def _start_send(self, x: Tensor, dst: int, tag: int) -> Handle[None]:
+        begin, mark = time.perf_counter_ns(), self.trace.now()
+        what = f"send(dst={dst}, tag={tag})"
+        self._check_running(what)
+        peer, key = self.ranks[dst], _next_number(self._num_sent, dst, tag)
+        copy = self._memory.handover(x, self._hub.devices[peer])
+        size = _num_bytes(x)
+        arrival = 0 if self._link is None else self._hub.ports.reserve(self._me, peer, self._link.time_s(1, size))
+        self._hub.channel(self._me, peer, ("send", self.ranks)).put((key, copy, self._memory.publish(), arrival))
+        self.ledger.add(Message("send", self.ranks, (peer,), 1, size, 0, begin, time.perf_counter_ns()))
+        self.trace.add("message", "send", mark, self.trace.now(), size)
+        return Handle(partial(self._await_received, peer, key, what) if self._rendezvous else _nothing)
+
+    def _await_received(self, peer: int, key: Hashable, what: str) -> None:
+        mark = self.trace.now()
+        self._hub.take(
+            self._me, peer, self._hub.channel(peer, self._me, ("received", self.ranks)), key, what, self.ranks
+        )
+        self.trace.add("wait", "send", mark, self.trace.now())
+
+    def _start_recv(self, src: int, tag: int) -> Handle[Tensor]:
+        return Handle(partial(self._finish_recv, src, tag, _next_number(self._num_received, src, tag)))
+
+    def _finish_recv(self, src: int, tag: int, key: Hashable) -> Tensor:
+        begin, mark = time.perf_counter_ns(), self.trace.now()
+        peer = self.ranks[src]
+        channel = self._hub.channel(peer, self._me, ("send", self.ranks))
+        what = f"recv(src={src}, tag={tag})"
+        received: Tensor
+        _, received, event, arrival = self._hub.take(self._me, peer, channel, key, what, self.ranks)
+        if self._rendezvous:
+            self._hub.channel(self._me, peer, ("received", self.ranks)).put((key, None, None, 0))
+        self._memory.observe(received, event)
+        handed_over = self.trace.now()
+        self.trace.add("wait", "recv", mark, handed_over)
+        if self._link is not None:
+            if event is not None:
+                event.synchronize()  # the emulated wire starts with what the GPU has written
+            sleep_until(arrival)
+            self.trace.add("message", "recv", handed_over, self.trace.now())
+        size = _num_bytes(received)
+        self.ledger.add(Message("recv", self.ranks, (peer,), 0, 0, size, begin, time.perf_counter_ns()))
+        return received
+
+    # -- meetings -----------------------------------------------------------------------------------------------------
+
+    def _check_running(self, what: object) -> None:
+        if self._hub.failure is not None:
+            self._hub.stop(self._me, what)
+
+    def _come(self, key: Hashable, call: Call, item: Any) -> tuple[Meeting, bool]:
+        """Bring an item to a meeting, without waiting; also tells whether this rank was the last to come."""
+        event, hub, meetings = self._memory.publish(), self._hub, self._meetings
+        with hub.lock:
+            meeting = meetings.get(key)
+            if meeting is None:
+                meeting = meetings[key] = Meeting(call, self.size, key)
+            meeting.calls[self.rank] = call
+            if meeting.call != call:
+                self._check_call(key, call, meeting)
+            meeting.items[self.rank], meeting.events[self.rank] = item, event
+            meeting.num_missing -= 1
+            if meeting.num_missing:
+                return meeting, False
+            del meetings[key]
+            meeting.latest_ns = time.perf_counter_ns()
+        return meeting, True
+
+    def _check_call(self, key: Hashable, call: Call, meeting: Meeting) -> None:
+        if call.agrees(meeting.call):
+            meeting.call = meeting.call.with_shape_of(call)
+            return
+        # The lock is held: whoever is in this collective stays in it, so that its line can be told.
+        said = "\n".join(
+            f"  rank {world_rank} called {said} at {self._hub.line_of(world_rank)}"
+            for world_rank, said in zip(self.ranks, meeting.calls, strict=True)
+            if said is not None
+        )
+        error = CollectiveMismatch(f"collective {key} of group {list(self.ranks)} differs between ranks:\n{said}")
+        if self._hub.fail(error, self._me):
+            raise error
+        self._hub.stop(self._me, call)
+
+    def _observe(self, meeting: Meeting) -> None:
+        """Make what all others brought readable here."""
+        if self._is_host:
+            return
+        for item, event in zip(meeting.items, meeting.events, strict=True):
+            if event is not None:
+                for x in item if isinstance(item, tuple | list) else (item,):
+                    self._memory.observe(x, event)
+
+    def _meet_again(self, key: Hashable, call: Call) -> None:
+        """Wait until all are done with each other's tensors."""
+        meeting, is_last = self._come(key, call, None)
+        if is_last:
+            self._hub.complete(meeting)
+        else:
+            self._hub.wait(self._me, meeting, call, self.ranks)
+        self._observe(meeting)
+
+    def _start(self, call: Call, x: Tensor | None) -> Handle[Tensor]:
+        begin_ns = time.perf_counter_ns()
+        return Handle(partial(self._finish, call, self._bring(call, x), begin_ns))
+
+    def _run(self, call: Call, x: Tensor | None) -> Tensor:
+        begin_ns = time.perf_counter_ns()
+        return self._finish(call, self._bring(call, x), begin_ns)
+
+    def _bring(self, call: Call, x: Tensor | None) -> Meeting:
+        """Bring a tensor to the next meeting; the last one wakes the others, with their results if they are small."""
+        self._check_running(call)
+        self._num_calls += 1
+        shared = target = None
+        if x is not None:
+            x = x.detach()
+            shared = x.contiguous()
+            if call.name == "all_reduce_":
+                target = x
+            elif call.name == "all_reduce" and _num_bytes(x) > SMALL_BYTES:
+                target = torch.empty_like(shared)
+        meeting, is_last = self._come(self._num_calls, call, (shared, target))
+        if is_last:
+            if all(item[0] is None or _num_bytes(item[0]) <= SMALL_BYTES for item in meeting.items):
+                self._observe(meeting)
+                meeting.results = collectives.results_of_all(meeting.call, meeting.items, self._devices, self._memory)
+                meeting.events = [self._memory.publish()] * self.size
+            self._hub.complete(meeting)
+        return meeting
+
+    def _finish(self, call: Call, meeting: Meeting, begin_ns: int) -> Tensor:
+        mark = self.trace.now()
+        if not meeting.is_complete:
+            self._hub.wait(self._me, meeting, call, self.ranks)
+        if meeting.results is not None:
+            out: Tensor = meeting.results[self.rank]
+            if meeting.events[self.rank] is not None:
+                self._memory.observe(out, meeting.events[self.rank])
+            met = meeting.latest_ns if self._is_host else self.trace.now()
+        else:
+            self._observe(meeting)
+            met = self.trace.now()
+            out = collectives.result_of_one(meeting.call, meeting.items, self.rank, self._memory)
+            self._meet_again((meeting.number, "done"), call)
+        traffic = self._traffic_of_all(meeting)
+        if self._link is not None:
+            self._wait_for_link(meeting, traffic)
+        self._write_down(call.name, traffic[self.rank], begin_ns, mark, met)
+        return out
+
+    def _traffic_of_all(self, meeting: Meeting) -> list[Traffic]:
+        """Every rank's traffic; training repeats its calls, so it is worked out once where the call decides it."""
+        call = meeting.call
+        traffic = self._traffic.get(call)
+        if traffic is None:
+            block_bytes = collectives.block_bytes(call, meeting.items)
+            traffic = [direct_traffic(call.name, r, block_bytes, call.root) for r in range(self.size)]
+            if call.name not in ("all_gather", "gather"):
+                self._traffic[call] = traffic
+        return traffic
+
+    def _start_all_to_all(self, call: Call, xs: list[Tensor]) -> Handle[list[Tensor]]:
+        self._check_running(call)
+        begin_ns = time.perf_counter_ns()
+        self._num_calls += 1
+        # A copy for each receiver, which keeps it: one copy in all, and no second meeting.
+        copies = [self._memory.handover(x, self._hub.devices[r]) for x, r in zip(xs, self.ranks, strict=True)]
+        meeting, is_last = self._come(self._num_calls, call, copies)
+        if is_last:
+            self._hub.complete(meeting)
+        return Handle(partial(self._finish_all_to_all, call, meeting, begin_ns))
+
+    def _finish_all_to_all(self, call: Call, meeting: Meeting, begin_ns: int) -> list[Tensor]:
+        mark = self.trace.now()
+        if not meeting.is_complete:
+            self._hub.wait(self._me, meeting, call, self.ranks)
+        received = []
+        for copies, event in zip(meeting.items, meeting.events, strict=True):
+            received.append(copies[self.rank])
+            if event is not None:
+                self._memory.observe(received[-1], event)
+        met = self.trace.now()
+        sizes, num_peers = [[_num_bytes(x) for x in copies] for copies in meeting.items], self.size - 1
+        traffic = [
+            Traffic(num_peers, sum(sizes[r]) - sizes[r][r], num_peers, sum(row[r] for row in sizes) - sizes[r][r])
+            for r in range(self.size)
+        ]
+        if self._link is not None:
+            self._wait_for_link(meeting, traffic)
+        self._write_down(call.name, traffic[self.rank], begin_ns, mark, met)
+        return received
+
+    def _wait_for_link(self, meeting: Meeting, traffic: list[Traffic]) -> None:
+        """Make a collective take as long as its busiest rank's messages one after another, once all have called it."""
+        assert self._link is not None
+        if not self._is_host:
+            self._memory.publish().synchronize()
+        busiest_s = max(max(self._link.time_s(*t[:2]), self._link.time_s(*t[2:])) for t in traffic)
+        self._link_free_ns = max(meeting.latest_ns, self._link_free_ns) + round(busiest_s * 1e9)
+        sleep_until(self._link_free_ns)
+
+    def _write_down(self, name: str, traffic: Traffic, begin_ns: int, mark: Mark, met: Mark) -> None:
+        if self._is_host and met < mark:
+            met = mark  # an asynchronous call: all were there before this rank began to wait
+        self.trace.add("wait", name, mark, met)
+        self.trace.add("message", name, met, self.trace.now(), traffic.sent_bytes)
+        others, end_ns = self._others, time.perf_counter_ns()
+        self.ledger.add(Message(name, self.ranks, others, traffic[0], traffic[1], traffic[3], begin_ns, end_ns))
+
+
+def _num_bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _next_number(counts: dict[Hashable, int], peer: int, tag: int) -> Hashable:
+    """Messages of one pair and tag are numbered on both sides, so that they match in order."""
+    number = counts.get((peer, tag), 0)
+    counts[peer, tag] = number + 1
+    return tag, number
+
+
+def _nothing() -> None:
+    """A send has nothing left to do: its tensor is already with the receiver."""

@@ -1,0 +1,1 @@
+"""Where to cut, and what it should cost: pure functions, without ranks or devices."""

@@ -1,0 +1,74 @@
+"""What ranks print: kept apart line by line, and shown in rank order."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, TextIO
+
+# A run that takes longer than this shows what has been printed so far, so that long work is not silent.
+SHOW_EVERY_S = 1.0
+
+
+class RankOutput:
+    """Stands in for `sys.stdout` while ranks run: threads that registered are collected, all others go straight
+    through.
+
+    With MPLAB_ORDERED_OUTPUT in the environment nothing is shown before the end, so that two runs print the same.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self._stdout: TextIO = sys.stdout
+        self._rank_of: dict[int, int] = {}
+        self._pending = [""] * num_ranks
+        self._next_show_s = float("inf") if os.environ.get("MPLAB_ORDERED_OUTPUT") else time.monotonic() + SHOW_EVERY_S
+
+    def register(self, rank: int) -> None:
+        """Collect what the calling thread prints as `rank`'s."""
+        self._rank_of[threading.get_ident()] = rank
+
+    def unregister(self) -> None:
+        """The calling thread is a rank no more."""
+        self._rank_of.pop(threading.get_ident(), None)
+
+    def write(self, text: str) -> int:
+        rank = self._rank_of.get(threading.get_ident())
+        if rank is None:
+            return self._stdout.write(text)
+        self._pending[rank] += text
+        return len(text)
+
+    def flush(self) -> None:
+        if threading.get_ident() not in self._rank_of:
+            self._stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stdout, name)
+
+    def show_if_due(self) -> None:
+        """Show whole lines once a second."""
+        if time.monotonic() >= self._next_show_s:
+            self._next_show_s = time.monotonic() + SHOW_EVERY_S
+            self._show(whole_lines=True)
+
+    def _show(self, whole_lines: bool) -> None:
+        for rank in range(len(self._pending)):
+            text = self._pending[rank]
+            cut = text.rfind("\n") + 1 if whole_lines else len(text)
+            # The rank may print meanwhile: take off just what was read.
+            self._pending[rank] = self._pending[rank][cut:]
+            for line in text[:cut].splitlines():
+                self._stdout.write(f"[rank {rank}] {line}\n")
+        self._stdout.flush()
+
+    def __enter__(self) -> RankOutput:
+        sys.stdout = self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if sys.stdout is self:
+            sys.stdout = self._stdout
+        self._show(whole_lines=False)

@@ -1,0 +1,93 @@
+"""What belongs to a thread in torch, and what a rank's thread needs before it may compute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from mplab.errors import MplabError
+from mplab.trace.recorder import cuda_mark
+
+
+class ThreadState:
+    """What belongs to a thread in torch: taken from the caller, set in every rank.
+
+    Backward runs in the rank's own thread, so that collectives inside it work and ranks of one GPU don't queue for one
+    engine.
+    """
+
+    def __init__(self) -> None:
+        self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+        ]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Set it in the calling thread."""
+        torch.set_num_threads(1)
+        with ExitStack() as stack:
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            if self._inference:
+                stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.set_grad_enabled(self._grad))
+            for kind, dtype in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            yield
+
+
+def zero_marks(devices: tuple[torch.device, ...]) -> dict[torch.device, Any]:
+    """The marks from which all ranks count time: what callers put on a GPU before is finished by then."""
+    marks: dict[torch.device, Any] = {}
+    gpus = [d for d in dict.fromkeys(devices) if d.type == "cuda"]
+    for device in gpus:
+        torch.cuda.synchronize(device)
+    for device in gpus:
+        with torch.cuda.device(device):
+            marks[device] = cuda_mark()
+    return marks if gpus else {devices[0]: time.perf_counter_ns()}
+
+
+@contextmanager
+def on_device(device: torch.device, num_sms: int) -> Iterator[None]:
+    """Run the calling thread on its device, on a CUDA stream of its own, or on its own share of the SMs; wait for the
+    GPU at the end.
+
+    Args:
+        device: the rank's device.
+        num_sms: streaming multiprocessors of its share; 0: no share.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), _sm_slice(num_sms, device) if num_sms else _stream(device):
+        yield
+        torch.cuda.current_stream().synchronize()
+
+
+@contextmanager
+def _stream(device: torch.device) -> Iterator[None]:
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+
+
+@contextmanager
+def _sm_slice(num_sms: int, device: torch.device) -> Iterator[None]:
+    """A green context: its current stream runs on `num_sms` of the GPU's SMs and on no others."""
+    from torch.cuda.green_contexts import GreenContext
+
+    try:
+        context: Any = GreenContext.create(num_sms=num_sms, device_id=device.index or 0)
+        context.set_context()
+    except RuntimeError as error:
+        raise MplabError(
+            f"slices=True: the driver gave no share of {num_sms} SMs on {device} ({error}): use slices=False"
+        ) from error
+    try:
+        yield
+    finally:
+        context.pop_context()

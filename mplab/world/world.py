@@ -1,0 +1,260 @@
+"""A world of ranks in this process: `World(n).run(fn)` calls `fn(rank)` on every rank and returns their results."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from mplab.comm.hub import Hub
+from mplab.comm.ledger import Ledger
+from mplab.comm.threads import ThreadCommunicator
+from mplab.errors import MplabError, PeerFailure
+from mplab.plan.cost import Link
+from mplab.trace.recorder import Recorder
+from mplab.world import rungs
+from mplab.world.output import RankOutput
+from mplab.world.rank import Rank
+from mplab.world.state import ThreadState, on_device, zero_marks
+
+if TYPE_CHECKING:
+    from mplab.trace.profiler import RankProfiler
+    from mplab.trace.timeline import Timeline
+    from mplab.world.launch import ProcessWorld
+
+T = TypeVar("T")
+
+WATCH_EVERY_S = 0.02
+# A stopped rank gets this long to leave a computation before it is left behind (and named in the error).
+GRACE_S = 0.9
+
+
+class World:
+    """`n` ranks on the best rung that this machine has: a GPU each, streams of one GPU, or CPU threads.
+
+    Args:
+        n: number of ranks; more than cores or GPUs is fine, and the figures say so.
+        device: "auto", "cpu", "cuda" or one GPU such as "cuda:0".
+        slices: give each rank of one GPU its own share of the SMs (green contexts).
+        link: slow messages down to those of another network; None: as fast as this machine is.
+        rendezvous: a send waits until it is received, which shows deadlocks that buffers hide.
+        timeout_s: the longest that a rank may wait for another.
+
+    Raises:
+        MplabError: a world that this machine cannot make.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        device: str = "auto",
+        slices: bool = False,
+        link: Link | None = None,
+        rendezvous: bool = False,
+        timeout_s: float = 30.0,
+    ) -> None:
+        if timeout_s <= 0:
+            raise MplabError(f"timeout_s={timeout_s}: a time-out is a positive number of seconds")
+        self.rung = rungs.choose(n, device, slices)
+        self.size = n
+        self.devices = self.rung.devices
+        self.link, self.rendezvous, self.timeout_s = link, rendezvous, timeout_s
+        self._profiler: RankProfiler | None = None
+        self._recorders: list[Recorder] = []
+        self._ledgers: list[Ledger] = []
+
+    @staticmethod
+    def from_env(timeout_s: float = 30.0) -> ProcessWorld:
+        """The world that torchrun started this process in: the same `run`, on this process's rank.
+
+        Raises:
+            MplabError: this process was not started by a launcher.
+        """
+        from mplab.world.launch import ProcessWorld
+
+        return ProcessWorld.from_env(timeout_s)
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What every figure of this world must say about its times."""
+        notes = [f"{self.rung.sharing}: times are not speed-ups"] if self.rung.sharing else []
+        if self.link is not None:
+            notes.append(f"emulated link: {self.link}")
+        return tuple(notes)
+
+    def __str__(self) -> str:
+        counts = {str(d): self.devices.count(d) for d in dict.fromkeys(self.devices)}
+        where = ", ".join(f"{count} on {device}" for device, count in counts.items())
+        lines = [f"World of {self.size} rank{'s' * (self.size > 1)}: {self.rung.name} ({where})"]
+        if self.rung.num_sms:
+            lines.append(f"  each rank has {self.rung.num_sms} SMs of its own")
+        if self.rung.sharing:
+            lines.append(f"  {self.rung.sharing}")
+        if self.link is not None:
+            lines.append(f"  messages are slowed down to an emulated link: {self.link}")
+        if self.rendezvous:
+            lines.append("  every send waits for its receive")
+        lines.append(f"  timings here can prove: {self.rung.proves}")
+        return "\n".join(lines)
+
+    # -- what happened ------------------------------------------------------------------------------------------------
+
+    @property
+    def timeline(self) -> Timeline:
+        """The last run's events, one row a rank."""
+        events = [event for recorder in self._last(self._recorders) for event in recorder.events()]
+        from mplab.trace.timeline import Timeline
+
+        return Timeline(events, self.size, notes=self.notes)
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        """Every rank's messages in the last run, in rank order."""
+        return self._last(self._ledgers)
+
+    def _last(self, of: list[T]) -> list[T]:
+        if not of:
+            raise MplabError("this world has not run yet: call world.run(fn) first")
+        return of
+
+    @contextmanager
+    def profile(self, logdir: str | os.PathLike[str]) -> Any:
+        """`with world.profile("logs") as p:` runs torch's profiler over all ranks of the runs inside.
+
+        Leaves one trace file a rank in `logdir` (`p.files`), as TensorBoard's PyTorch Profiler plug-in reads them.
+
+        Raises:
+            MplabError: the folder cannot be written, or a profiler runs already.
+        """
+        if self._profiler is not None:
+            raise MplabError("this world is being profiled already: leave the outer `with world.profile(...)` first")
+        from mplab.trace.profiler import RankProfiler
+
+        with RankProfiler(logdir, self.size, self.devices) as profiler:
+            self._profiler = profiler
+            try:
+                yield profiler
+            finally:
+                self._profiler = None
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self, fn: Callable[..., T], *args: Any) -> list[T]:
+        """Call `fn(rank, *args)` on every rank and wait for all.
+
+        Args:
+            fn: any function or closure; its first argument is a `Rank`. All ranks share its other arguments.
+            args: passed on.
+
+        Returns:
+            What each rank returned, in rank order.
+
+        Raises:
+            Exception: the first one that a rank raised, with a note that says which rank; the other ranks were stopped.
+            Deadlock, CommTimeout, CollectiveMismatch: ranks could not go on.
+            KeyboardInterrupt: Ctrl-C; all ranks were stopped.
+        """
+        hub = Hub(self.devices, self.timeout_s)
+        everyone = tuple(range(self.size))
+        recorders = [Recorder(r, d) for r, d in enumerate(self.devices)]
+        ledgers = [Ledger(r) for r in everyone]
+        self._recorders, self._ledgers = recorders, ledgers
+        ranks = []
+        for r, device in enumerate(self.devices):
+            comm = ThreadCommunicator(r, everyone, device, ledgers[r], recorders[r], hub, self.link, self.rendezvous)
+            generator = torch.Generator(device).manual_seed(r)
+            ranks.append(Rank(r, self.size, device, generator, comm, recorders[r]))
+        inherited, zeros = ThreadState(), zero_marks(self.devices)
+        num_threads = torch.get_num_threads()
+        results: list[Any] = [None] * self.size
+        done: SimpleQueue[int] = SimpleQueue()
+
+        with RankOutput(self.size) as output:
+
+            def main(rank: Rank) -> None:
+                r = rank.index
+                output.register(r)
+                hub.threads[r] = threading.get_ident()
+                try:
+                    with inherited.applied(), on_device(rank.device, self.rung.num_sms):
+                        rank.trace.start(zeros[rank.device])
+                        if self._profiler is not None:
+                            self._profiler.register(r)
+                            rank.trace.profiling = True
+                        results[r] = fn(rank, *args)
+                except BaseException as error:
+                    hub.fail(error, r)
+                finally:
+                    hub.is_done[r] = True
+                    output.unregister()
+                    done.put(r)
+
+            threads = [
+                threading.Thread(target=main, args=(rank,), name=f"mplab-rank{rank.index}", daemon=True)
+                for rank in ranks
+            ]
+            try:
+                for thread in threads:
+                    thread.start()
+                self._watch(hub, done, output)
+            except BaseException as error:  # Ctrl-C, above all
+                hub.fail(error, None)
+                raise
+            finally:
+                if hub.failure is not None:
+                    _stop(threads, hub)
+                for thread in threads:
+                    thread.join(None if hub.failure is None else 0)
+                torch.set_num_threads(
+                    num_threads
+                )  # each rank took one core; torch would give new threads no more from now on
+        if hub.failure is not None:
+            raise _explained(hub, recorders)
+        return results
+
+    def _watch(self, hub: Hub, done: SimpleQueue[int], output: RankOutput) -> None:
+        """Wait until all ranks are done or one has failed; this is where Ctrl-C arrives."""
+        num_running = self.size
+        while num_running and hub.failure is None:
+            try:
+                done.get(timeout=WATCH_EVERY_S)
+                num_running -= 1
+            except Empty:
+                hub.watch()
+                output.show_if_due()
+
+
+def _stop(threads: list[threading.Thread], hub: Hub) -> None:
+    """Let stopped ranks leave: those that wait are awake, those that compute get an exception at their next line."""
+    end = time.monotonic() + GRACE_S
+    for thread in threads:
+        thread.join(0.02)
+    for thread in threads:
+        if thread.is_alive() and thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(PeerFailure))
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    for rank, thread in enumerate(threads):
+        if thread.is_alive() and hub.failure is not None:
+            at = hub.line_of(rank)
+            hub.failure.add_note(f"rank {rank} did not stop within {GRACE_S:g} s: it is left behind at {at}")
+
+
+def _explained(hub: Hub, recorders: list[Recorder]) -> BaseException:
+    """The world's failure, with a note that says which rank, in which action."""
+    error, rank = hub.failure, hub.failed_rank
+    assert error is not None
+    if rank is not None:
+        doing = hub.failed_at or recorders[rank].failed_in
+        where = f" in {doing}" if doing else ""
+        error.add_note(f"(rank {rank} of {hub.num_ranks}{where}; all other ranks were stopped)")
+    return error
