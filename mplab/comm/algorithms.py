@@ -190,11 +190,11 @@ def halving_doubling_all_reduce(comm: Communicator, x: Tensor, op: str = "sum") 
     return total.view(x.shape)
 
 
-ALL_REDUCE: dict[str, Callable[..., Tensor]] = {
+ALL_REDUCES: dict[str, Callable[..., Tensor]] = {
     "naive": naive_all_reduce,
     "tree": tree_all_reduce,
     "ring": ring_all_reduce,
-    "halving-doubling": halving_doubling_all_reduce,
+    "halving_doubling": halving_doubling_all_reduce,
 }
 
 

@@ -319,6 +319,8 @@ class Communicator(abc.ABC):
             raise MplabError(f"root={root} is no rank of this group of {self.size}: ranks go from 0 to {self.size - 1}")
 
     def _check_dim(self, x: Tensor, dim: int, where: str) -> int:
+        if x.dim() == 0:
+            raise MplabError(f"{where} of a 0-dim tensor: it has no dim to work along, give it one with x.reshape(1)")
         if not -x.dim() <= dim < x.dim():
             raise MplabError(
                 f"{where} along dim={dim} of a tensor of shape {tuple(x.shape)}: "

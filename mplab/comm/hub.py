@@ -46,10 +46,12 @@ class Channel:
         self.num_put += 1
         self._queue.put(item)
 
+    def kept(self, key: Hashable) -> Any:
+        """The item with this key if it has come before another one that was waited for, else None."""
+        return self._early.pop(key, None) if self._early else None
+
     def take(self, key: Hashable) -> Any:
         """The item with this key, waiting for it; earlier ones are kept. `_STOP` when the world has failed."""
-        if self._early and key in self._early:
-            return self._early.pop(key)
         while True:
             item = self._queue.get()
             if item is _STOP:
@@ -167,13 +169,15 @@ class Hub:
         Raises:
             PeerFailure: the world has failed meanwhile.
         """
-        waits = self.waits
-        waits[rank] = Wait(channel, what, group, src, time.perf_counter_ns())
-        item = channel.take(key)
-        if item is _STOP:
-            self.stop(rank, what)
-        # In this order: between the two the watcher sees an item on its way, never a rank that waits for nothing.
-        waits[rank] = None
+        # A kept item counts as one that nobody wants: whoever wants it must not be seen waiting.
+        item = channel.kept(key)
+        if item is None:
+            self.waits[rank] = Wait(channel, what, group, src, time.perf_counter_ns())
+            item = channel.take(key)
+            if item is _STOP:
+                self.stop(rank, what)
+            # In this order: between the two the watcher sees an item on its way, never a rank that waits for nothing.
+            self.waits[rank] = None
         channel.num_got += 1
         return item
 

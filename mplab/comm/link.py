@@ -7,6 +7,8 @@ import time
 
 # time.sleep overshoots by about this much; what is left is spent giving way to other threads.
 SLEEP_MARGIN_S = 200e-6
+# A rank that is to stop does so between two naps.
+LONGEST_NAP_S = 0.05
 
 
 class Ports:
@@ -35,4 +37,4 @@ class Ports:
 def sleep_until(time_ns: int) -> None:
     """Return at `time_ns` of `perf_counter_ns`, giving way to other threads meanwhile."""
     while (left_s := (time_ns - time.perf_counter_ns()) * 1e-9) > 0:
-        time.sleep(left_s - SLEEP_MARGIN_S if left_s > SLEEP_MARGIN_S else 0)
+        time.sleep(min(left_s - SLEEP_MARGIN_S, LONGEST_NAP_S) if left_s > SLEEP_MARGIN_S else 0)

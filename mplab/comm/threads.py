@@ -69,13 +69,14 @@ class ThreadCommunicator(Communicator):
         self._traffic: dict[Call, list[Traffic]] = {}
         self._num_sent: dict[Hashable, int] = {}
         self._num_received: dict[Hashable, int] = {}
-        self._groups: dict[tuple[int, ...], ThreadCommunicator] = {}
+        # One for each list of ranks, however it is reached: its calls and messages are numbered once.
+        self._groups: dict[tuple[int, ...], ThreadCommunicator] = {ranks: self}
         self._others = tuple(r for r in ranks if r != self._me)
 
     def group(self, ranks: Sequence[int]) -> ThreadCommunicator:
         members = self._check_group(ranks)
         if members not in self._groups:
-            self._groups[members] = ThreadCommunicator(
+            group = self._groups[members] = ThreadCommunicator(
                 members.index(self._me),
                 members,
                 self.device,
@@ -85,6 +86,7 @@ class ThreadCommunicator(Communicator):
                 self._link,
                 self._rendezvous,
             )
+            group._groups = self._groups
         return self._groups[members]
 
     # -- one rank to another ------------------------------------------------------------------------------------------
@@ -110,7 +112,10 @@ class ThreadCommunicator(Communicator):
         self.trace.add("wait", "send", mark, self.trace.now())
 
     def _start_recv(self, src: int, tag: int) -> Handle[Tensor]:
-        return Handle(partial(self._finish_recv, src, tag, _next_number(self._num_received, src, tag)))
+        key = _next_number(self._num_received, src, tag)
+        if self._rendezvous:  # the receive is there, and that is what the send waits for
+            self._hub.channel(self._me, self.ranks[src], ("received", self.ranks)).put((key, None, None, 0))
+        return Handle(partial(self._finish_recv, src, tag, key))
 
     def _finish_recv(self, src: int, tag: int, key: Hashable) -> Tensor:
         begin, mark = time.perf_counter_ns(), self.trace.now()
@@ -119,8 +124,6 @@ class ThreadCommunicator(Communicator):
         what = f"recv(src={src}, tag={tag})"
         received: Tensor
         _, received, event, arrival = self._hub.take(self._me, peer, channel, key, what, self.ranks)
-        if self._rendezvous:
-            self._hub.channel(self._me, peer, ("received", self.ranks)).put((key, None, None, 0))
         self._memory.observe(received, event)
         handed_over = self.trace.now()
         self.trace.add("wait", "recv", mark, handed_over)

@@ -6,11 +6,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 # A run that takes longer than this shows what has been printed so far, so that long work is not silent.
 SHOW_EVERY_S = 1.0
+
+_stack_lock = threading.Lock()  # ranks may run worlds of their own, several at once
 
 
 class RankOutput:
@@ -21,9 +24,10 @@ class RankOutput:
     """
 
     def __init__(self, num_ranks: int) -> None:
-        self._stdout: TextIO = sys.stdout
+        self._stdout: Any = sys.stdout
         self._rank_of: dict[int, int] = {}
         self._pending = [""] * num_ranks
+        self._lock = threading.Lock()
         self._next_show_s = float("inf") if os.environ.get("MPLAB_ORDERED_OUTPUT") else time.monotonic() + SHOW_EVERY_S
 
     def register(self, rank: int) -> None:
@@ -37,9 +41,15 @@ class RankOutput:
     def write(self, text: str) -> int:
         rank = self._rank_of.get(threading.get_ident())
         if rank is None:
-            return self._stdout.write(text)
-        self._pending[rank] += text
+            self._stdout.write(text)
+        else:
+            with self._lock:
+                self._pending[rank] += text
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         if threading.get_ident() not in self._rank_of:
@@ -56,19 +66,27 @@ class RankOutput:
 
     def _show(self, whole_lines: bool) -> None:
         for rank in range(len(self._pending)):
-            text = self._pending[rank]
-            cut = text.rfind("\n") + 1 if whole_lines else len(text)
-            # The rank may print meanwhile: take off just what was read.
-            self._pending[rank] = self._pending[rank][cut:]
+            with self._lock:
+                text = self._pending[rank]
+                cut = text.rfind("\n") + 1 if whole_lines else len(text)
+                self._pending[rank] = text[cut:]
             for line in text[:cut].splitlines():
                 self._stdout.write(f"[rank {rank}] {line}\n")
         self._stdout.flush()
 
     def __enter__(self) -> RankOutput:
-        sys.stdout = self
+        with _stack_lock:
+            self._stdout = sys.stdout
+            sys.stdout = self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if sys.stdout is self:
-            sys.stdout = self._stdout
+        with _stack_lock:
+            if sys.stdout is self:
+                sys.stdout = self._stdout
+            above: Any = sys.stdout
+            while isinstance(above, RankOutput):  # others that were put on top of this one go on without it
+                if above._stdout is self:
+                    above._stdout = self._stdout
+                above = above._stdout
         self._show(whole_lines=False)

@@ -48,11 +48,11 @@ def choose(num_ranks: int, device: str, slices: bool) -> Rung:
     Raises:
         MplabError: no such device here, or SMs that cannot be shared out so.
     """
-    if num_ranks < 1:
-        raise MplabError(f"World({num_ranks}): a world has at least 1 rank")
+    if not isinstance(num_ranks, int) or isinstance(num_ranks, bool) or num_ranks < 1:
+        raise MplabError(f"World({num_ranks!r}): a world has a whole number of ranks, at least 1")
     try:
         wanted = None if device == "auto" else torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise MplabError(
             f"device={device!r} is no device: choose 'auto', 'cpu', 'cuda' or one GPU such as 'cuda:0'"
         ) from None

@@ -6,8 +6,8 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,15 +18,15 @@ from mplab.comm.ledger import Ledger
 from mplab.comm.threads import ThreadCommunicator
 from mplab.errors import MplabError, PeerFailure
 from mplab.plan.cost import Link
+from mplab.trace.profiler import RankProfiler
 from mplab.trace.recorder import Recorder
+from mplab.trace.timeline import Timeline
 from mplab.world import rungs
 from mplab.world.output import RankOutput
 from mplab.world.rank import Rank
 from mplab.world.state import ThreadState, on_device, zero_marks
 
 if TYPE_CHECKING:
-    from mplab.trace.profiler import RankProfiler
-    from mplab.trace.timeline import Timeline
     from mplab.world.launch import ProcessWorld
 
 T = TypeVar("T")
@@ -60,8 +60,10 @@ class World:
         rendezvous: bool = False,
         timeout_s: float = 30.0,
     ) -> None:
-        if timeout_s <= 0:
-            raise MplabError(f"timeout_s={timeout_s}: a time-out is a positive number of seconds")
+        if not (isinstance(timeout_s, int | float) and timeout_s > 0):
+            raise MplabError(f"timeout_s={timeout_s!r}: a time-out is a positive number of seconds")
+        if link is not None and not isinstance(link, Link):
+            raise MplabError(f"link={link!r}: give a Link(latency_s=..., bandwidth_bytes_s=...), or None")
         self.rung = rungs.choose(n, device, slices)
         self.size = n
         self.devices = self.rung.devices
@@ -106,14 +108,14 @@ class World:
         lines.append(f"  timings here can prove: {self.rung.proves}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     # -- what happened ------------------------------------------------------------------------------------------------
 
     @property
     def timeline(self) -> Timeline:
         """The last run's events, one row a rank."""
         events = [event for recorder in self._last(self._recorders) for event in recorder.events()]
-        from mplab.trace.timeline import Timeline
-
         return Timeline(events, self.size, notes=self.notes)
 
     @property
@@ -127,7 +129,7 @@ class World:
         return of
 
     @contextmanager
-    def profile(self, logdir: str | os.PathLike[str]) -> Any:
+    def profile(self, logdir: str | os.PathLike[str]) -> Iterator[RankProfiler]:
         """`with world.profile("logs") as p:` runs torch's profiler over all ranks of the runs inside.
 
         Leaves one trace file a rank in `logdir` (`p.files`), as TensorBoard's PyTorch Profiler plug-in reads them.
@@ -137,8 +139,6 @@ class World:
         """
         if self._profiler is not None:
             raise MplabError("this world is being profiled already: leave the outer `with world.profile(...)` first")
-        from mplab.trace.profiler import RankProfiler
-
         with RankProfiler(logdir, self.size, self.devices) as profiler:
             self._profiler = profiler
             try:
@@ -164,15 +164,8 @@ class World:
             KeyboardInterrupt: Ctrl-C; all ranks were stopped.
         """
         hub = Hub(self.devices, self.timeout_s)
-        everyone = tuple(range(self.size))
-        recorders = [Recorder(r, d) for r, d in enumerate(self.devices)]
-        ledgers = [Ledger(r) for r in everyone]
-        self._recorders, self._ledgers = recorders, ledgers
-        ranks = []
-        for r, device in enumerate(self.devices):
-            comm = ThreadCommunicator(r, everyone, device, ledgers[r], recorders[r], hub, self.link, self.rendezvous)
-            generator = torch.Generator(device).manual_seed(r)
-            ranks.append(Rank(r, self.size, device, generator, comm, recorders[r]))
+        ranks = [self._rank(r, hub) for r in range(self.size)]
+        self._recorders, self._ledgers = [rank.trace for rank in ranks], [rank.comm.ledger for rank in ranks]
         inherited, zeros = ThreadState(), zero_marks(self.devices)
         num_threads = torch.get_num_threads()
         results: list[Any] = [None] * self.size
@@ -181,6 +174,12 @@ class World:
         with RankOutput(self.size) as output:
 
             def main(rank: Rank) -> None:
+                # Told to stop just as it ends, a rank has nothing left to stop; starting late, it has nothing to do.
+                with suppress(PeerFailure):
+                    if hub.failure is None:
+                        work(rank)
+
+            def work(rank: Rank) -> None:
                 r = rank.index
                 output.register(r)
                 hub.threads[r] = threading.get_ident()
@@ -188,7 +187,7 @@ class World:
                     with inherited.applied(), on_device(rank.device, self.rung.num_sms):
                         rank.trace.start(zeros[rank.device])
                         if self._profiler is not None:
-                            self._profiler.register(r)
+                            self._profiler.register(r, rank.trace)
                             rank.trace.profiling = True
                         results[r] = fn(rank, *args)
                 except BaseException as error:
@@ -210,16 +209,24 @@ class World:
                 hub.fail(error, None)
                 raise
             finally:
-                if hub.failure is not None:
-                    _stop(threads, hub)
-                for thread in threads:
-                    thread.join(None if hub.failure is None else 0)
-                torch.set_num_threads(
-                    num_threads
-                )  # each rank took one core; torch would give new threads no more from now on
+                try:
+                    if hub.failure is not None:
+                        _stop(threads, hub)
+                    else:
+                        for thread in threads:
+                            thread.join()
+                finally:
+                    # Each rank took one core, and torch would give new threads no more from now on.
+                    torch.set_num_threads(num_threads)
         if hub.failure is not None:
-            raise _explained(hub, recorders)
+            raise _explained(hub, ranks)
         return results
+
+    def _rank(self, index: int, hub: Hub) -> Rank:
+        device, everyone = self.devices[index], tuple(range(self.size))
+        trace, ledger = Recorder(index, device), Ledger(index)
+        comm = ThreadCommunicator(index, everyone, device, ledger, trace, hub, self.link, self.rendezvous)
+        return Rank(index, self.size, device, torch.Generator(device).manual_seed(index), comm, trace)
 
     def _watch(self, hub: Hub, done: SimpleQueue[int], output: RankOutput) -> None:
         """Wait until all ranks are done or one has failed; this is where Ctrl-C arrives."""
@@ -233,28 +240,41 @@ class World:
                 output.show_if_due()
 
 
+class _Stopped(PeerFailure):
+    """Raised in a rank that computes when the run has failed; the interpreter makes it, without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__("stopped while it computed, because the run has failed")
+
+
 def _stop(threads: list[threading.Thread], hub: Hub) -> None:
     """Let stopped ranks leave: those that wait are awake, those that compute get an exception at their next line."""
     end = time.monotonic() + GRACE_S
-    for thread in threads:
-        thread.join(0.02)
-    for thread in threads:
-        if thread.is_alive() and thread.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(PeerFailure))
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
+    _join(threads, 0.02)
+    while (alive := [t for t in threads if t.is_alive()]) and (left_s := end - time.monotonic()) > 0:
+        for thread in alive:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stopped))
+        _join(alive, min(0.3, left_s))  # and once more for those that caught it
     for rank, thread in enumerate(threads):
         if thread.is_alive() and hub.failure is not None:
             at = hub.line_of(rank)
             hub.failure.add_note(f"rank {rank} did not stop within {GRACE_S:g} s: it is left behind at {at}")
 
 
-def _explained(hub: Hub, recorders: list[Recorder]) -> BaseException:
+def _join(threads: list[threading.Thread], seconds: float) -> None:
+    """Wait for all together; Ctrl-C may have come before all were started."""
+    end = time.monotonic() + seconds
+    for thread in threads:
+        if thread.is_alive():
+            thread.join(max(0.0, end - time.monotonic()))
+
+
+def _explained(hub: Hub, ranks: list[Rank]) -> BaseException:
     """The world's failure, with a note that says which rank, in which action."""
     error, rank = hub.failure, hub.failed_rank
     assert error is not None
     if rank is not None:
-        doing = hub.failed_at or recorders[rank].failed_in
+        doing = hub.failed_at or ranks[rank].trace.failed_in
         where = f" in {doing}" if doing else ""
         error.add_note(f"(rank {rank} of {hub.num_ranks}{where}; all other ranks were stopped)")
     return error

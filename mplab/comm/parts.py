@@ -1,0 +1,54 @@
+"""What each rank of a direct collective gives to each other one, and what a rank makes of the parts it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mplab.comm.communicator import Call
+from mplab.comm.reduction import reduce_in_order
+
+# Up to this size an all-reduce sends whole tensors at once; above it chunks, to be reduced, and then the results.
+SMALL_BYTES = 1 << 16
+
+
+def in_chunks(call: Call, x: Tensor) -> bool:
+    """True for an all-reduce of a large tensor, which takes two rounds."""
+    return call.name.startswith("all_reduce") and x.numel() * x.element_size() > SMALL_BYTES
+
+
+def given(call: Call, x: Tensor | None, rank: int, num_ranks: int) -> list[Tensor | None]:
+    """What `rank` gives to each rank, itself included; None: nothing. What is the same for all is the same object."""
+    if x is None or (call.name in ("broadcast", "scatter") and rank != call.root):
+        return [None] * num_ranks
+    match call.name:
+        case "reduce" | "gather":
+            return [x if r == call.root else None for r in range(num_ranks)]
+        case "scatter" | "reduce_scatter":
+            assert call.dim is not None
+            return list(x.tensor_split(num_ranks, call.dim))
+        case _:
+            return list(x.reshape(-1).tensor_split(num_ranks)) if in_chunks(call, x) else [x] * num_ranks
+
+
+def made(call: Call, parts: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
+    """The result of the parts that all ranks gave to this one, in rank order: a new tensor, or `out`.
+
+    Args:
+        call: which collective; in an all-reduce in chunks, this rank's chunk of the result.
+        parts: from every rank.
+        out: shape (L,), for a reduction; may be this rank's own part.
+    """
+    tensors = [part for part in parts if part is not None]
+    if not tensors:
+        return torch.empty(0)
+    if call.op is not None:
+        target = torch.empty_like(tensors[0], memory_format=torch.contiguous_format) if out is None else out
+        reduce_in_order(call.op, [x.reshape(-1) for x in tensors], target.view(-1))
+        return target
+    if call.name in ("broadcast", "scatter"):
+        return tensors[0].resolve_conj().clone(memory_format=torch.contiguous_format)
+    assert call.dim is not None
+    return torch.cat(tensors, call.dim)

@@ -1,0 +1,281 @@
+"""Ranks that are processes, under torchrun or another launcher, over torch.distributed: gloo, and NCCL between GPUs.
+
+Ranks talk directly, as the ledger counts: each gives every other one its part, and reduces in rank order what it gets, so that the
+results are those of thread ranks, bit for bit. What a rank calls travels with its part and is compared before anything is written.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplab.comm import collectives, parts
+from mplab.comm.communicator import Call, Communicator, Handle
+from mplab.comm.fabric import Fabric
+from mplab.comm.guard import Guard
+from mplab.comm.hub import user_line
+from mplab.comm.ledger import Ledger, Message
+from mplab.comm.wire import FRAME_BYTES, Parcel
+from mplab.errors import CollectiveMismatch
+from mplab.plan.traffic import Traffic, direct_traffic
+from mplab.trace.recorder import Mark, Recorder
+
+Parts = list[Tensor | None]  # one for each rank of a group
+
+
+class ProcessCommunicator(Communicator):
+    """One process rank's end of the connections.
+
+    An operation that is started sends this rank's part at once and receives the others' in the background; `wait()` compares the
+    calls and only then computes and writes. Over NCCL only the calls are exchanged in the background.
+
+    Args:
+        rank: this rank's place in the group.
+        ranks: world ranks of the group, in order.
+        device: where its tensors live.
+        ledger: counts messages and bytes.
+        trace: writes down when.
+        guard: this process's mail and watch.
+        backend: what carries tensors in collectives in place of the mail; None: the mail does.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        ranks: tuple[int, ...],
+        device: torch.device,
+        ledger: Ledger,
+        trace: Recorder,
+        guard: Guard,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(rank, ranks, device, ledger, trace)
+        self._guard, self._backend = guard, backend
+        self._me = ranks[rank]
+        self._others = tuple(r for r in ranks if r != self._me)
+        # The same ranks in another order are a mistake to be found, so their collectives are counted together.
+        self._name = ",".join(map(str, ranks))
+        self._set = ",".join(map(str, sorted(ranks)))
+        self._fabric: Fabric | None = None
+        self._traffic: dict[Call, Traffic] = {}
+        # One for each list of ranks, however it is reached.
+        self._groups: dict[tuple[int, ...], ProcessCommunicator] = {ranks: self}
+
+    def group(self, ranks: Sequence[int]) -> ProcessCommunicator:
+        members = self._check_group(ranks)
+        if members not in self._groups:
+            rank = members.index(self._me)
+            group = ProcessCommunicator(rank, members, self.device, self.ledger, self.trace, self._guard, self._backend)
+            group._groups = self._groups
+            self._groups[members] = group
+        return self._groups[members]
+
+    # -- one rank to another ------------------------------------------------------------------------------------------
+
+    def _start_send(self, x: Tensor, dst: int, tag: int) -> Handle[None]:
+        begin, mark = time.perf_counter_ns(), self.trace.now()
+        peer = self.ranks[dst]
+        self._guard.check_running(f"send(dst={dst}, tag={tag})")
+        self._guard.send([peer], self._number(f"m{self._name} {peer} {tag}", f"{self._name} {tag}"), None, x)
+        size = x.numel() * x.element_size()
+        self.ledger.add(Message("send", self.ranks, (peer,), 1, size, 0, begin, time.perf_counter_ns()))
+        self.trace.add("message", "send", mark, self.trace.now(), size)
+        return Handle(_nothing)
+
+    def _start_recv(self, src: int, tag: int) -> Handle[Tensor]:
+        key = self._number(f"m{self._name} from {self.ranks[src]} {tag}", f"{self._name} {tag}")
+        return Handle(partial(self._finish_recv, src, tag, key))
+
+    def _finish_recv(self, src: int, tag: int, key: str) -> Tensor:
+        begin, mark = time.perf_counter_ns(), self.trace.now()
+        peer = self.ranks[src]
+        parcel = self._guard.collect([peer], key, f"recv(src={src}, tag={tag})", self.ranks)[peer]
+        assert parcel.x is not None
+        # A small one lies in a frame that is much larger.
+        x = parcel.x.clone() if parcel.x.untyped_storage().nbytes() == FRAME_BYTES else parcel.x
+        x = x.to(self.device)
+        self.trace.add("wait", "recv", mark, self._met(mark, [parcel]))
+        size = x.numel() * x.element_size()
+        self.ledger.add(Message("recv", self.ranks, (peer,), 0, 0, size, begin, time.perf_counter_ns()))
+        return x
+
+    # -- collectives --------------------------------------------------------------------------------------------------
+
+    def _start(self, call: Call, x: Tensor | None) -> Handle[Tensor]:
+        begin_ns, x = time.perf_counter_ns(), None if x is None else x.detach()
+        given = parts.given(call, x, self.rank, self.size)
+        key = self._announce(call, given, None if x is None else x.shape)
+        return Handle(partial(self._finish, call, x, given, key, begin_ns))
+
+    def _finish(self, call: Call, x: Tensor | None, given: Parts, key: str, begin_ns: int) -> Tensor:
+        mark = self.trace.now()
+        agreed, shapes, came = self._meet(call, key, None if x is None else x.shape)
+        met = self._met(mark, came.values())
+        received = self._received(given, came, lambda: self._expected(agreed, shapes))
+        if x is not None and call.name.startswith("all_reduce"):
+            out = self._all_reduced(call, x, received, f"{key} chunks")
+        else:
+            out = parts.made(agreed, received)
+        self._guard.reuse(came)
+        self._write_down(call.name, self._traffic_of(agreed, shapes), begin_ns, mark, met)
+        return out
+
+    def _all_reduced(self, call: Call, x: Tensor, received: Parts, key: str) -> Tensor:
+        """The reduction of what came: of whole tensors, or of chunks, which are then swapped."""
+        in_place = call.name == "all_reduce_"
+        can_write = in_place and x.is_contiguous() and not x.is_conj() and not x.is_neg()
+        out = x if can_write else torch.empty_like(x, memory_format=torch.contiguous_format)
+        if not parts.in_chunks(call, x):
+            parts.made(call, received, out)
+        else:
+            chunks = list(out.view(-1).tensor_split(self.size))
+            mine = parts.made(call, received, chunks[self.rank])
+            reduced: Parts = [mine] * self.size
+            self._send(reduced, key, None)
+            came = {} if self._backend else self._guard.collect(self._others, key, call, self.ranks)
+            for chunk, part in zip(chunks, self._received(reduced, came, lambda: chunks), strict=True):
+                if part is not mine and part is not None:
+                    chunk.copy_(part)
+            self._guard.reuse(came)
+        return x.copy_(out) if in_place and not can_write else out
+
+    def _start_all_to_all(self, call: Call, xs: list[Tensor]) -> Handle[list[Tensor]]:
+        begin_ns = time.perf_counter_ns()
+        given: Parts = list(xs)
+        key = self._announce(call, given, [list(x.shape) for x in xs])
+        return Handle(partial(self._finish_all_to_all, call, given, key, begin_ns))
+
+    def _finish_all_to_all(self, call: Call, given: Parts, key: str, begin_ns: int) -> list[Tensor]:
+        mark = self.trace.now()
+        agreed, shapes, came = self._meet(call, key, [None if x is None else x.shape for x in given])
+        met = self._met(mark, came.values())
+        expected = lambda: [_like(row[self.rank], agreed) for row in shapes]  # noqa: E731
+        received = [_copy(x) for x in self._received(given, came, expected) if x is not None]
+        self._guard.reuse(came)
+        sizes = [[x.numel() * x.element_size() for x in xs if x is not None] for xs in (given, received)]
+        sent_bytes, received_bytes = (sum(row) - row[self.rank] for row in sizes)
+        traffic = Traffic(self.size - 1, sent_bytes, self.size - 1, received_bytes)
+        self._write_down(call.name, traffic, begin_ns, mark, met)
+        return received
+
+    # -- what a rank calls, and what it gives -------------------------------------------------------------------------
+
+    def _announce(self, call: Call, given: Parts, shape: Any) -> str:
+        """Tell the others what this rank calls and, unless another backend carries it, give them their parts."""
+        self._guard.check_running(call)
+        key = self._number(f"c{self._set}", f"c{self._set}")
+        dtype = None if call.dtype is None else str(call.dtype).removeprefix("torch.")
+        words = [[*call[:5], dtype], self.ranks, shape, user_line(sys._getframe(1))]
+        self._send(given, key, words)
+        return key
+
+    def _send(self, given: Parts, key: str, words: object) -> None:
+        """Mail what the others are given; where a fabric carries it, the words alone."""
+        if self._backend:
+            if words is not None:
+                self._guard.send(self._others, key, words)
+            return
+        of_others = {id(x) for r, x in enumerate(given) if r != self.rank}
+        if len(of_others) == 1:
+            self._guard.send(self._others, key, words, given[self.rank - 1], borrowed=True)
+            return
+        for peer, x in zip(self.ranks, given, strict=True):
+            if peer != self._me:
+                self._guard.send([peer], key, words, x, borrowed=True)
+
+    def _meet(self, call: Call, key: str, shape: Any) -> tuple[Call, list[Any], dict[int, Parcel]]:
+        """Wait until all have called the same; returns the call with the shape that is agreed on, and all ranks' shapes."""
+        called = {self._me: (call, self.ranks)}
+        agreed = call
+
+        def agrees(peer: int, words: Any) -> bool:
+            nonlocal agreed
+            theirs, ranks = _call(words[0]), tuple(words[1])
+            called[peer] = theirs, ranks
+            agreed = agreed.with_shape_of(theirs)
+            return ranks == self.ranks and theirs.agrees(agreed)
+
+        came = self._guard.collect(self._others, key, call, self.ranks, agrees)
+        if not all(ranks == self.ranks and theirs.agrees(agreed) for theirs, ranks in called.values()):
+            lines = {r: parcel.words[3] for r, parcel in came.items()} | {self._me: user_line(sys._getframe(1))}
+            said = "\n".join(
+                f"  rank {r} called {called[r][0]}{_of_group(called[r][1], self.ranks)} at {lines[r]}" for r in sorted(called)
+            )
+            number = key.split("#")[1]
+            error = CollectiveMismatch(f"collective {number} of group {list(self.ranks)} differs between ranks:\n{said}")
+            self._guard.fail(error)
+            raise error
+        shapes = [shape if r == self._me else came[r].words[2] for r in self.ranks]
+        return agreed, shapes, came
+
+    def _received(self, given: Parts, came: dict[int, Parcel], expected: Callable[[], Sequence[Tensor | None]]) -> Parts:
+        """What each rank gave to this one."""
+        if self._backend is None:
+            return [given[r] if peer == self._me else came[peer].x for r, peer in enumerate(self.ranks)]
+        if self._fabric is None:
+            self._fabric = Fabric(self.ranks, self.rank, self.device, self._backend)
+        return self._fabric.exchange(given, expected())
+
+    def _expected(self, call: Call, shapes: Sequence[Any]) -> Parts:
+        """The likes of what each rank gives to this one."""
+        return [
+            parts.given(call, None if s is None else _like(s, call), r, self.size)[self.rank] for r, s in enumerate(shapes)
+        ]
+
+    def _number(self, what: str, key: str) -> str:
+        """Calls and messages are numbered on all sides, so that they match in order."""
+        self._guard.numbers[what] += 1
+        return f"{key}#{self._guard.numbers[what]}"
+
+    # -- what happened ------------------------------------------------------------------------------------------------
+
+    def _met(self, mark: Mark, came: Any) -> Mark:
+        """When the last of the others was here: a message that takes long is no wait for a late rank."""
+        if self.device.type == "cuda":
+            return self.trace.now()
+        return max([mark, *(parcel.came_ns for parcel in came)])
+
+    def _traffic_of(self, call: Call, shapes: Sequence[Any]) -> Traffic:
+        """What this rank sends and receives; training repeats its calls, so it is worked out once where that is enough."""
+        traffic = self._traffic.get(call)
+        if traffic is None:
+            likes = [None if s is None else _like(s, call) for s in shapes]
+            blocks = collectives.block_bytes(call, [(like, None) for like in likes])
+            traffic = direct_traffic(call.name, self.rank, blocks, call.root)
+            if call.name not in ("all_gather", "gather"):
+                self._traffic[call] = traffic
+        return traffic
+
+    def _write_down(self, name: str, traffic: Traffic, begin_ns: int, mark: Mark, met: Mark) -> None:
+        self.trace.add("wait", name, mark, met)
+        self.trace.add("message", name, met, self.trace.now(), traffic.sent_bytes)
+        size = (traffic.num_sent, traffic.sent_bytes, traffic.received_bytes)
+        self.ledger.add(Message(name, self.ranks, self._others, *size, begin_ns, time.perf_counter_ns()))
+
+
+def _call(said: list[Any]) -> Call:
+    name, op, root, dim, shape, dtype = said
+    return Call(name, op, root, dim, None if shape is None else tuple(shape), None if dtype is None else getattr(torch, dtype))
+
+
+def _like(shape: Sequence[int], call: Call) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=call.dtype, device="meta")
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.resolve_conj().clone(memory_format=torch.contiguous_format)
+
+
+def _of_group(ranks: Sequence[int], mine: Sequence[int]) -> str:
+    return "" if ranks == mine else f" of group {list(ranks)}"
+
+
+def _nothing() -> None:
+    """A send has nothing left to do: its tensor was copied."""

@@ -1,0 +1,35 @@
+"""`python -m mplab check EXERCISE FILE`: the check of an exercise that was written in a file."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mplab.errors import MplabError
+from mplab.homework import checks
+from mplab.homework.report import Report
+
+CHECKS: dict[str, Callable[..., Report]] = {
+    "pass_right": checks.check_pass_right,
+    "weighted_mean": checks.check_weighted_mean,
+    "ring_all_reduce": checks.check_ring_all_reduce,
+    "reduce_scatter": checks.check_reduce_scatter,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; the exit status is 0 when all checks passed, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m mplab check", description="Check an exercise.")
+    parser.add_argument("exercise", choices=CHECKS, help="its name, and that of the function")
+    parser.add_argument("file", type=Path, help="the Python file that defines the function; it is run")
+    arguments = parser.parse_args(argv)
+    if not arguments.file.is_file():
+        raise MplabError(f"{arguments.file} is no file: give the path of the Python file with {arguments.exercise}")
+    solution = runpy.run_path(str(arguments.file)).get(arguments.exercise)
+    if not callable(solution):
+        raise MplabError(f"{arguments.file} defines no function {arguments.exercise}(comm, x)")
+    report = CHECKS[arguments.exercise](solution)
+    print(report)
+    return 0 if report.passed else 1

@@ -1,0 +1,74 @@
+"""What a check tells: line by line, what was expected, what was seen, and a hint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["passed", "failed", "not checked"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One check of an exercise.
+
+    Args:
+        name: what was checked.
+        outcome: "passed", "failed", or "not checked" where an earlier failure left nothing to look at.
+        case: where it failed: the smallest case that was tried and does.
+        expected: what should have been seen there; after a pass, what was seen everywhere.
+        seen: what was.
+        hint: what to look at first.
+    """
+
+    name: str
+    outcome: Outcome = "passed"
+    case: str = ""
+    expected: str = ""
+    seen: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """The result of a check; prints as a list.
+
+    Args:
+        exercise: the function's name.
+        lines: one for every check, in the order in which to mend them.
+        is_written: False while the stub still raises NotImplementedError.
+    """
+
+    exercise: str
+    lines: tuple[Line, ...]
+    is_written: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was checked and nothing failed."""
+        return self.is_written and all(line.outcome == "passed" for line in self.lines)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that failed."""
+        return tuple(line.name for line in self.lines if line.outcome == "failed")
+
+    def __str__(self) -> str:
+        if not self.is_written:
+            return f"{self.exercise}: not written yet. Write it in the cell above, run that cell, then this one again."
+        return "\n".join(self._text())
+
+    __repr__ = __str__
+
+    def _text(self) -> Iterator[str]:
+        num_passed = sum(line.outcome == "passed" for line in self.lines)
+        yield f"{self.exercise}: {num_passed} of {len(self.lines)} checks passed"
+        for line in self.lines:
+            mark = {"passed": "ok", "failed": "FAILED", "not checked": "?"}[line.outcome]
+            extra = f" ({line.expected})" if line.outcome == "passed" and line.expected else ""
+            yield f"  {mark:<8}{line.name}{extra}"
+            if line.outcome == "failed":
+                for key in ("case", "expected", "seen", "hint"):
+                    if text := getattr(line, key):
+                        yield f"            {key + ':':<10}" + text.replace("\n", "\n" + " " * 22)

@@ -1,0 +1,5 @@
+"""The strategies: every one of them trains as `Serial` does."""
+
+from mplab.parallel.serial import Serial
+
+__all__ = ["Serial"]

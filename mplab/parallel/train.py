@@ -1,0 +1,99 @@
+"""`python -m mplab train`: a GPT on text, or an MLP on digits, on one device."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mplab.datasets import Digits, Text, digits, text
+from mplab.errors import MplabError
+from mplab.models import GPT, MLP, GPTConfig
+from mplab.parallel.serial import Serial
+from mplab.world.progress import progress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, and print the first, the last and the held-out loss; the progress bar goes to stderr."""
+    arguments = parse(argv)
+    for name in ("steps", "layers"):
+        if getattr(arguments, name) < 1:
+            raise MplabError(f"--{name} {getattr(arguments, name)}: must be 1 or more")
+    if not 0 < arguments.lr < math.inf:
+        raise MplabError(f"--lr {arguments.lr}: must be above 0, and finite")
+    device = find_device(arguments.device)
+    data, model = make(arguments)
+    print(f"{describe(data)}; {describe(model)} on {device}", flush=True)
+    serial = Serial(model.to(device), torch.optim.AdamW(model.parameters(), lr=arguments.lr))
+    losses: list[float] = []
+    for batch in progress(data.batches(arguments.steps), arguments.steps, "train", "step"):
+        losses.append(serial.step(batch))
+        if not math.isfinite(losses[-1]):
+            raise MplabError(f"the loss of step {len(losses)} is {losses[-1]}: lower --lr, which is {arguments.lr}")
+    print(f"first loss {losses[0]:.4f}, last loss {losses[-1]:.4f} after {len(losses)} steps, ", end="", flush=True)
+    print(f"held-out loss {serial.evaluate(data.validation()):.4f}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `train`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mplab train", description="Train a GPT on text, or an MLP on digits, on one device."
+    )
+    parser.add_argument("--data", default="text", help="text (the Python language reference), digits, or a file")
+    parser.add_argument("--steps", type=int, default=50, help="number of updates (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples of a step (%(default)s)")
+    parser.add_argument("--sequence", type=int, default=64, help="bytes of a sample (%(default)s); text only")
+    parser.add_argument("--width", type=int, default=128, help="features between layers (%(default)s)")
+    parser.add_argument(
+        "--layers", type=int, default=2, help="blocks of the GPT, hidden layers of the MLP (%(default)s)"
+    )
+    parser.add_argument("--heads", type=int, default=4, help="attention heads of a block (%(default)s); text only")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches' order (%(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
+    return parser.parse_args(argv)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `--device` names, if this machine has it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MplabError(f"--device {name} is no device: give auto, cpu, cuda or cuda:N") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= count:
+        raise MplabError(f"--device {name}: this machine has {count} of this kind; give auto or cpu")
+    return device
+
+
+def make(arguments: argparse.Namespace) -> tuple[Text | Digits, nn.Module]:
+    """The dataset and a model that fits it."""
+    if arguments.data == "digits":
+        pictures = digits(batch_size=arguments.batch_size, seed=arguments.seed)
+        sizes = (pictures.num_features, *[arguments.width] * arguments.layers, pictures.num_classes)
+        return pictures, MLP(sizes, arguments.seed)
+    path = None if arguments.data == "text" else arguments.data
+    words = text(path, batch_size=arguments.batch_size, sequence=arguments.sequence, seed=arguments.seed)
+    config = GPTConfig(
+        vocab_size=words.vocab_size,
+        context_length=arguments.sequence,
+        num_layers=arguments.layers,
+        num_heads=arguments.heads,
+        width=arguments.width,
+    )
+    return words, GPT(config, arguments.seed)
+
+
+def describe(thing: Text | Digits | nn.Module) -> str:
+    """What is trained, or on what, in a few words."""
+    if isinstance(thing, Text):
+        return f"{thing.name}, {thing.num_tokens} bytes"
+    if isinstance(thing, Digits):
+        return f"handwritten digits, {len(thing.labels)} pictures"
+    return f"{type(thing).__name__} of {sum(parameter.numel() for parameter in thing.parameters())} parameters"

@@ -1,0 +1,218 @@
+"""A timeline drawn with plotly: one row a rank."""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from mplab.errors import MplabError
+from mplab.trace.event import LANES, Event, Lane
+from mplab.trace.intervals import merge, overlap_s
+from mplab.trace.units import format_s, unit_of
+
+_ROW_PX = 44
+_LINE_PX = 17  # of a note
+_HEADING_PX = 21  # a line of the title
+_LEGEND_PX = 19  # a line of the legend
+_NARROW_PLOT_PX = 480  # what the axes get in a figure 600 px wide; a label that fits there fits everywhere
+_CHARACTER_PX = 6.6  # of the labels' font, 11 px high
+
+
+class _Look(NamedTuple):
+    fill: str
+    text: str
+
+
+# After Okabe and Ito, whose colours the colour-blind tell apart. Hatching and height tell the lanes apart without any
+# colour, and lightness what was computed.
+_LOOKS: dict[Lane, tuple[_Look, ...]] = {
+    "compute": (
+        _Look("#0072B2", "white"),
+        _Look("#8CCBF0", "black"),
+        _Look("#00476F", "white"),
+        _Look("#D5EAF7", "black"),
+    ),
+    "message": (_Look("#F5C26B", "black"),),
+    "wait": (_Look("#EDEDED", "black"),),
+}
+_OUTLINE: dict[Lane, str] = {"compute": "#00304B", "message": "#8A5A00", "wait": "#707070"}
+_HATCHING: dict[Lane, str] = {"compute": "", "message": "/", "wait": "x"}
+
+
+class _Bar(NamedTuple):
+    event: Event
+    centre: float  # in rows
+    height: float
+    is_inner: bool  # no other compute span within it
+
+
+def draw(events: Sequence[Event], num_ranks: int, notes: Sequence[str], title: str | None) -> Any:
+    """Draw events that come in the order of their starts: six sets of bars and one of labels at most, however many."""
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise MplabError('a figure needs plotly: pip install "mplab[lab]", or print(timeline.summary()).') from None
+    end_s = max((e.end_s for e in events), default=0.0)
+    start_s = min([0.0, *(e.start_s for e in events)])
+    unit, unit_s = unit_of(end_s - start_s)
+    figure = go.Figure()
+    labels: list[tuple[float, float, str, str]] = []
+    thin = [
+        merge((e.start_s, e.end_s) for e in events if e.rank == rank and e.lane != "compute")
+        for rank in range(num_ranks)
+    ]
+    for name, lane, look, bars in _sets(events):
+        figure.add_bar(
+            orientation="h",
+            name=name,
+            y=[bar.centre for bar in bars],
+            width=[bar.height for bar in bars],
+            base=[bar.event.start_s / unit_s for bar in bars],
+            x=[bar.event.duration_s / unit_s for bar in bars],
+            hovertext=[_hover(bar.event) for bar in bars],
+            hoverinfo="text",
+            marker={
+                "color": look.fill,
+                "line": {"color": _OUTLINE[lane], "width": 0.6},
+                "pattern": {"shape": _HATCHING[lane], "fgcolor": _OUTLINE[lane], "size": 6, "solidity": 0.15},
+            },
+        )
+        for event, centre, _, is_inner in bars:
+            label = _label(event, _NARROW_PLOT_PX * event.duration_s / (end_s - start_s or 1.0)) if is_inner else ""
+            if label:
+                is_covered = lane == "compute" and overlap_s([(event.start_s, event.end_s)], thin[event.rank]) > 0
+                middle = (event.start_s + event.end_s) / 2 / unit_s
+                labels.append((middle, centre - 0.2 * is_covered, label, look.text))
+    if labels:
+        x, y, text, color = zip(*labels, strict=True)
+        font = {"size": 11, "color": color}
+        figure.add_scatter(x=x, y=y, text=text, mode="text", textfont=font, hoverinfo="skip", showlegend=False)
+    _lay_out(figure, num_ranks, notes, title)
+    figure.update_xaxes(range=[start_s / unit_s, end_s / unit_s * 1.005 or 1.0], title=f"time in {unit}")
+    return figure
+
+
+def _sets(events: Sequence[Event]) -> Iterator[tuple[str, Lane, _Look, list[_Bar]]]:
+    """What is drawn alike: every lane, and within the compute lane every name (names beyond the fourth share looks)."""
+    for lane in LANES:
+        bars = _bars([e for e in events if e.lane == lane])
+        looks = _LOOKS[lane]
+        names = list(dict.fromkeys(bar.event.name for bar in bars))
+        for i, look in enumerate(looks[: len(names)]):
+            alike = names[i :: len(looks)]
+            said = textwrap.shorten(", ".join(alike), 24, placeholder=" …") if lane == "compute" else ""
+            yield (
+                f"{lane}: {html.escape(said)}" if said else lane,
+                lane,
+                look,
+                [bar for bar in bars if bar.event.name in alike],
+            )
+
+
+def _bars(events: Sequence[Event]) -> list[_Bar]:
+    """The bars of one lane: computation fills the row, what is nested in it less; the rest gets the lower half."""
+    bars: list[_Bar] = []
+    outer: dict[int, list[tuple[float, int]]] = {}
+    for number, event in enumerate(events):
+        stack = outer.setdefault(event.rank, [])
+        while stack and stack[-1][0] <= event.start_s:
+            stack.pop()
+        if event.lane == "compute":
+            if stack:
+                bars[stack[-1][1]] = bars[stack[-1][1]]._replace(is_inner=False)
+            bars.append(_Bar(event, event.rank, max(0.8 - 0.2 * len(stack), 0.4), True))
+        else:
+            bars.append(_Bar(event, event.rank + 0.2, 0.4, True))
+        stack.append((event.end_s, number))
+    return bars
+
+
+def _label(event: Event, width_px: float) -> str:
+    """Name and micro-batch ("forward 3"), or their short form ("F3"), or nothing: what fits."""
+    if event.microbatch is None:
+        names = [event.name]
+    else:
+        names = [f"{event.name} {event.microbatch}", f"{event.name[:1].upper()}{event.microbatch}"]
+    return next((html.escape(n) for n in names if len(n) * _CHARACTER_PX + 4 <= width_px), "")
+
+
+def _hover(event: Event) -> str:
+    lines = [f"<b>{html.escape(event.name)}</b> ({event.lane}, rank {event.rank})"]
+    if event.microbatch is not None:
+        lines.append(f"micro-batch {event.microbatch}")
+    if event.size_bytes:
+        lines.append(f"{event.size_bytes:,} bytes")
+    return "<br>".join([*lines, f"{format_s(event.duration_s)}, from {format_s(event.start_s)}"])
+
+
+def _lay_out(figure: Any, num_ranks: int, notes: Sequence[str], title: str | None) -> None:
+    """Stack title, legend, rows, axis and notes in pixels, so that none meets another at any width from 600 px on."""
+    heading = textwrap.wrap(title or "", 66)
+    remarks = [line for note in notes for line in textwrap.wrap(note, 84)]
+    legend_top = 6 + _HEADING_PX * len(heading)
+    top = legend_top + 23 + _LEGEND_PX * _legend_lines([bars.name for bars in figure.data if bars.type == "bar"])
+    bottom = 54 + (_LINE_PX * len(remarks) + 8 if remarks else 0)
+    height = num_ranks * _ROW_PX + top + bottom
+    figure.update_layout(
+        height=height,
+        margin={"l": 62, "r": 18, "t": top, "b": bottom},
+        template="plotly_white",
+        barmode="overlay",
+        bargap=0,
+        font={"size": 12},
+        title={
+            "text": "<br>".join(map(html.escape, heading)),
+            "font": {"size": 15},
+            "x": 0,
+            "pad": {"l": 12},
+            # Plotly puts the foot of the first of several lines here for any anchor; "bottom" does so for one too.
+            "y": 1 - 19 / height,
+            "yref": "container",
+            "yanchor": "bottom",
+        },
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1 - legend_top / height,
+            "yref": "container",
+            "yanchor": "top",
+        },
+        hoverlabel={"align": "left"},
+    )
+    figure.update_yaxes(
+        tickvals=list(range(num_ranks)),
+        ticktext=[f"rank {rank}" for rank in range(num_ranks)],
+        ticks="outside",
+        ticklen=5,
+        tickcolor="rgba(0,0,0,0)",
+        range=[num_ranks - 0.5, -0.5],
+        showgrid=False,
+        zeroline=False,
+        fixedrange=True,
+    )
+    figure.update_xaxes(title_standoff=6, zeroline=False)
+    if remarks:
+        figure.add_annotation(
+            text="<br>".join(map(html.escape, remarks)),
+            showarrow=False,
+            align="left",
+            x=0,
+            xref="paper",
+            xanchor="left",
+            y=0,
+            yref="paper",
+            yanchor="top",
+            yshift=-54,
+            font={"size": 12},
+        )
+
+
+def _legend_lines(names: Sequence[str]) -> int:
+    """Lines of a legend in a figure 600 px wide: plotly puts entries in columns once they don't fit in one line."""
+    widths = [46 + 6.4 * len(name) for name in names]
+    if sum(widths) <= 520:
+        return 1
+    return -(-len(names) // max(1, int(520 // max(widths))))

@@ -1,0 +1,249 @@
+"""JupyterLab in headless Chromium, as a learner has it: open a lab, run all its cells, move a slider, press a button.
+
+Clicks and keys go through the page; what the cells then hold is read from JupyterLab's own model of the notebook,
+because the page only has the cells that are in view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:  # Playwright and nbformat load where they are used: a machine without them skips these tests
+    from playwright.sync_api import Locator, Page
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM_ARGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+START_TIMEOUT_S = 60
+ANNOUNCEMENTS = "@jupyterlab/apputils-extension:announcements"
+
+
+def find_chromium() -> str | None:
+    """Where this machine has a Chromium, or None."""
+    return next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+
+
+@dataclass
+class Lab:
+    """One notebook, open in JupyterLab."""
+
+    page: Page
+    path: Path
+    page_errors: list[str] = field(default_factory=list)
+    outside_requests: list[str] = field(default_factory=list)
+
+    def run_all(self, timeout_s: float = 120) -> None:
+        """Run every cell and wait until the kernel has nothing left to do."""
+        self.choose("Run", "Run All Cells")
+        self.wait_until_idle(timeout_s)
+
+    def choose(self, menu: str, entry: str) -> None:
+        """Click an entry of the menu bar, for example Kernel > Interrupt Kernel."""
+        self.page.get_by_role("menuitem", name=menu, exact=True).click()
+        self.page.get_by_role("menuitem", name=entry).first.click()
+
+    def wait_until_idle(self, timeout_s: float = 60) -> None:
+        """Wait until no cell is queued or running; one that raised ends the wait too: the rest is then dropped."""
+        self.page.wait_for_function(IS_IDLE, timeout=timeout_s * 1e3)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+        """Ask again and again, and say what did not come about."""
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"{self.path.name}: not within {timeout_s:g} s: {what}; errors: {self.errors()}")
+            self.page.wait_for_timeout(50)
+
+    def run_cell(self, index: int) -> None:
+        """Select the cell with this index among all cells, and run it alone; does not wait."""
+        self.page.evaluate(SHOW_CELL, index)
+        self.page.keyboard.press("Control+Enter")
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Every code cell: `source`, `execution_count`, `tags`, `outputs` (as the notebook file would hold them)."""
+        return json.loads(self.page.evaluate(CODE_CELLS))
+
+    def errors(self) -> list[str]:
+        """Outputs that are errors, in cells that are not tagged raises-exception."""
+        return [
+            f"{cell['source']}\n{output['ename']}: {output['evalue']}"
+            for cell in self.cells()
+            for output in cell["outputs"]
+            if output["output_type"] == "error" and "raises-exception" not in cell["tags"]
+        ]
+
+    def not_executed(self) -> list[str]:
+        """Sources of the code cells that have no execution count."""
+        return [cell["source"] for cell in self.cells() if cell["execution_count"] is None]
+
+    def show_widget(self, selector: str) -> Locator:
+        """Scroll to the first cell whose widgets have `selector`; returns the cell as it is on the page."""
+        for index in self.page.evaluate(CELLS_WITH_WIDGETS):
+            self.page.evaluate(SHOW_CELL, index)
+            cell = self.page.locator(f".jp-Notebook-cell[data-windowed-list-index='{index}']")
+            cell.locator(".jp-OutputArea-output .widget-box, .jp-OutputArea-output .lm-Widget").first.wait_for()
+            if cell.locator(selector).count():
+                return cell
+        raise LookupError(f"no cell of {self.path.name} shows a widget with {selector}")
+
+
+@dataclass(frozen=True)
+class Jupyter:
+    """A running JupyterLab server and the browser that looks at it."""
+
+    browser: Any
+    folder: Path
+    address: str
+    token: str
+
+    @contextlib.contextmanager
+    def open(self, source: Path, screenshot: Path | None = None) -> Iterator[Lab]:
+        """Open a copy of a notebook without its stored outputs; on leaving, keep a picture of the page."""
+        import nbformat
+
+        path = self.folder / source.name
+        notebook = nbformat.read(source, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, path)
+
+        context = self.browser.new_context(viewport={"width": 1280, "height": 1000})
+        lab = Lab(context.new_page(), path)
+        host = urlsplit(self.address).netloc
+
+        def note_request(request: Any) -> None:
+            url = urlsplit(request.url)
+            if url.scheme in ("http", "https", "ws", "wss") and url.netloc != host:
+                lab.outside_requests.append(request.url)
+
+        lab.page.on("request", note_request)
+        lab.page.on("pageerror", lambda error: lab.page_errors.append(str(error)))
+        try:
+            lab.page.goto(f"{self.address}/lab/tree/{path.name}?token={self.token}&reset")
+            lab.page.wait_for_function(IS_OPEN, timeout=START_TIMEOUT_S * 1e3)
+            yield lab
+        finally:
+            if screenshot is not None:
+                lab.page.screenshot(path=screenshot)
+            with contextlib.suppress(Exception):  # a page that is already gone has no kernel to stop
+                lab.page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
+            context.close()
+
+
+@contextlib.contextmanager
+def jupyterlab(folder: Path) -> Iterator[Jupyter]:
+    """JupyterLab on 127.0.0.1 with a token, rooted at an empty `folder` of its own, and a headless Chromium.
+
+    Its settings and its workspaces are in `folder` too: neither those of the user nor the repository are touched.
+    """
+    from playwright.sync_api import sync_playwright
+
+    config = folder / ".config"
+    (config / "labconfig").mkdir(parents=True)
+    (config / "labconfig" / "page_config.json").write_text(json.dumps({"disabledExtensions": {ANNOUNCEMENTS: True}}))
+    token, port = secrets.token_hex(16), free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [
+        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--expose-app-in-browser"),
+        *("--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"),
+        *(f"--ServerApp.root_dir={folder}", "--ServerApp.allow_root=True", "--log-level=WARN"),
+    ]
+    environment = os.environ | {
+        "JUPYTER_TOKEN": token,
+        "JUPYTER_CONFIG_DIR": str(config),
+        "JUPYTER_RUNTIME_DIR": str(config / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(config / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(config / "workspaces"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    environment.pop("PYTEST_CURRENT_TEST", None)  # a kernel that sees it captures no output of child processes
+    log = config / "server.log"
+    with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as server:
+        try:
+            wait_until_it_answers(server, f"{address}/api/status?token={token}", log)
+            with sync_playwright() as playwright:
+                browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGS)
+                try:
+                    yield Jupyter(browser, folder, address, token)
+                finally:
+                    browser.close()
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def wait_until_it_answers(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while server.poll() is None and time.monotonic() < deadline_s:
+        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"JupyterLab did not start within {START_TIMEOUT_S} s:\n{log.read_text()}")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+NOTEBOOK = "const widget = window.jupyterapp?.shell?.currentWidget; const cells = widget?.content?.model?.cells;"
+
+IS_OPEN = f"""() => {{
+  {NOTEBOOK}
+  return !!cells && cells.length > 0 && widget.context.sessionContext.session?.kernel?.status === "idle";
+}}"""
+
+# A cell that is queued or running has no execution count yet ("*" in the margin).
+IS_IDLE = f"""() => {{
+  {NOTEBOOK}
+  if (widget.context.sessionContext.session?.kernel?.status !== "idle") return false;
+  const code = [...cells].filter(cell => cell.type === "code");
+  if (code.some(cell => cell.executionState === "running")) return false;
+  const raised = cell => cell.outputs.toJSON().some(output => output.output_type === "error")
+    && !(cell.getMetadata("tags") ?? []).includes("raises-exception");
+  return code.some(raised) || code.every(cell => cell.executionCount !== null || cell.sharedModel.source.trim() === "");
+}}"""
+
+CODE_CELLS = f"""() => {{
+  {NOTEBOOK}
+  return JSON.stringify([...cells].filter(cell => cell.type === "code").map(cell => ({{
+    source: cell.sharedModel.source,
+    execution_count: cell.executionCount,
+    tags: cell.getMetadata("tags") ?? [],
+    outputs: cell.outputs.toJSON(),
+  }})));
+}}"""
+
+CELLS_WITH_WIDGETS = f"""() => {{
+  {NOTEBOOK}
+  const has_widget = cell => cell.type === "code"
+    && cell.outputs.toJSON().some(output => output.data?.["application/vnd.jupyter.widget-view+json"]);
+  return [...cells].flatMap((cell, index) => has_widget(cell) ? [index] : []);
+}}"""
+
+SHOW_CELL = f"""async index => {{
+  {NOTEBOOK}
+  widget.content.activeCellIndex = index;
+  await widget.content.scrollToItem(index, "start");
+}}"""
