@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
-    """Import it into a module: after each of its tests threads, output and torch's settings are as they were."""
+    """Import it into a module: after each of its tests threads and torch's settings are as they were."""
     before = settings()
     with at_most(60):
         yield
@@ -49,7 +48,6 @@ def leaves_nothing_behind() -> Iterator[None]:
 
 def settings() -> dict[str, object]:
     return {
-        "stdout": sys.stdout,
         "num_threads": torch.get_num_threads(),
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),

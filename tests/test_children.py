@@ -18,6 +18,7 @@ from mplab.world.links import fit_link, gloo_ping_pong
 
 
 def echo(rank: int, *args: object) -> list[object]:
+    print("what a child prints is no reply", flush=True)
     return [rank, *args]
 
 

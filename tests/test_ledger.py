@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mplab import World
 from mplab.comm import Communicator, Ledger, Message, algorithms
+from mplab.comm.threads import SMALL_BYTES
 from mplab.world import Rank
 
 Hop = tuple[int, int, int]  # (from, to, elements)
@@ -208,13 +209,14 @@ def test_literals_of_the_direct_all_reduce() -> None:
 
 def test_a_large_tensor_counts_as_a_small_one_does() -> None:
     """How ranks share the work inside is no matter of the ledger."""
+    length = SMALL_BYTES // 4 // 3 * 3 + 4
     world = World(3, device="cpu")
-    world.run(lambda rank: rank.comm.all_reduce(torch.ones(100_001)))
-    part = [33_334, 33_334, 33_333]
+    world.run(lambda rank: rank.comm.all_reduce(torch.ones(length)))
+    part = [length // 3 + 1, length // 3, length // 3]
     for r, ledger in enumerate(world.ledgers):
         (message,) = ledger.messages
         assert message.num_messages == 4
-        assert message.sent_bytes == message.received_bytes == (100_001 - part[r] + 2 * part[r]) * 4
+        assert message.sent_bytes == message.received_bytes == (length - part[r] + 2 * part[r]) * 4
 
 
 def test_rendezvous_and_emulation_count_nothing_more() -> None:

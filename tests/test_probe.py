@@ -161,7 +161,7 @@ def example(**changes: object) -> Probe:
         core=Speed("1 core", 1.7e11, 1.1e12, 1.3e10),
         all_cores=Speed("2 cores at once", 1, 1, 1),
         gpu_speeds=(),
-        links=(LinkFit("CPU threads", 1e-5, 1e10, (1, 2), (1e-5, 1e-5)),),
+        links=(LinkFit("<any> threads", 1e-5, 1e10, (1, 2), (1e-5, 1e-5)),),
         notes=("a & b",),
     )
     return dataclasses.replace(made_up, **changes)
@@ -170,6 +170,7 @@ def example(**changes: object) -> Probe:
 def test_the_table_in_a_notebook_is_escaped() -> None:
     shown = example()._repr_html_()
     assert "A &lt;fast&gt; one" in shown
+    assert "link, &lt;any&gt; threads" in shown
     assert "a &amp; b" in shown
     assert shown.count("<tr>") == len(example().rows())
 

@@ -1,6 +1,6 @@
 """From the call to the first result: a world of thread ranks beside torch's and accelerate's ways to start processes.
 
-The result is an all-reduce of one number that every rank has; for processes over gloo, on one thread each by default.
+The result is an all-reduce of one number that every rank has; processes do it over gloo, with one thread each.
 Every side of every round starts in a fresh Python process that has imported torch. "first" is the first run of a world
 in that process, "warm" the median of the runs after it; the others start anew each time, and are held against both.
 A peer's time ends when its last rank has the sum, ours when `run` has returned it.

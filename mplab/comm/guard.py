@@ -1,8 +1,11 @@
 """What a process rank knows of the others: parcels that came, who waits where, who has failed.
 
-Every process keeps watch for itself. A rank that waits tells all others so, with the number of parcels that it has sent to and
-received from each. Parcels of one pair never overtake each other, so when all are known to wait, and every count of parcels sent
-equals the count received, nothing is on its way and nobody can ever go on. No server is asked: a dead one could not answer.
+Every process keeps watch for itself. A rank that waits tells all others so, with the number of parcels that it has sent
+to and received from each. Parcels of one pair never overtake each other, so when all are known to wait, and every count
+of parcels sent equals the count received, nothing is on its way and nobody can ever go on. No server is asked: a dead
+one could not answer.
+
+**Reference**: Mattern, "Algorithms for Distributed Termination Detection", 1987 (counting messages).
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import torch
 from torch import Tensor
 
 from mplab.comm.hub import user_line
@@ -116,7 +118,9 @@ class Guard:
 
     # -- mail ---------------------------------------------------------------------------------------------------------
 
-    def send(self, peers: Sequence[int], key: str, words: object, x: Tensor | None = None, borrowed: bool = False) -> None:
+    def send(
+        self, peers: Sequence[int], key: str, words: object, x: Tensor | None = None, borrowed: bool = False
+    ) -> None:
         """Send to some ranks, without waiting; each of them collects it with the same key."""
         with self._changed:
             for peer in peers:
@@ -138,7 +142,7 @@ class Guard:
             key: of the parcels.
             doing: what the rank is in, for the table of who waits where.
             group: world ranks of the communicator.
-            agrees: called with each rank and its words; once False, the others get a moment, and what has come is returned.
+            agrees: called with each rank and its words; once False, the others get a moment, and what came is returned.
 
         Raises:
             PeerFailure: another rank failed, or its process is gone.
@@ -189,7 +193,8 @@ class Guard:
                 self._received[peer] += 1
             elif kind == "state":
                 self._states[peer] = state = State(*words)
-                if state.status == "waits" and self.rank in state.missing and self._told.status == "runs":
+                is_asked = state.status == "waits" and self.rank in state.missing and self._told.status == "runs"
+                if is_asked and not self._has_told:
                     # Asked under the lock: this rank cannot begin to wait, and say so, before this is sent.
                     self._wire.send([peer], ["state", *State("runs", self.run, f"runs at {self._line()}")])
             elif kind == "failure" and self.failure is None:
@@ -212,13 +217,17 @@ class Guard:
         rank, kind, text = self.failure
         if kind in _COMMON:
             raise _COMMON[kind](text)
-        raise PeerFailure(f"rank {self.rank} stopped in {doing}: rank {rank} failed with {kind}: {text}", rank)
+        if kind == PeerFailure.__name__:
+            raise PeerFailure(text, rank)
+        said = f"{kind}: {text}" if text else kind
+        raise PeerFailure(f"rank {self.rank} stopped in {doing}: rank {rank} failed with {said}", rank)
 
     def fail(self, error: BaseException) -> None:
         """Tell all others why this rank fails, if none has failed before."""
         with self._changed:
             if self.failure is None:
-                self.failure = Failure(self.rank, type(error).__name__, str(error))
+                rank = error.rank if isinstance(error, PeerFailure) and error.rank is not None else self.rank
+                self.failure = Failure(rank, type(error).__name__, str(error))
             failure, has_told, self._has_told = self.failure, self._has_told, True
         if not has_told:
             self._wire.send(self.peers, ["failure", *failure])
@@ -294,7 +303,7 @@ class Guard:
         return "\n".join(texts)
 
     def _tell(self, state: State, again: bool = False) -> None:
-        if state != self._told or again:
+        if (state != self._told or again) and not self._has_told:
             self._told = state
             self._wire.send(self.peers, ["state", *state])
 

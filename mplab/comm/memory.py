@@ -52,7 +52,7 @@ class CudaMemory(HostMemory):
     def observe(self, x: Tensor | None, event: Any) -> None:
         """Make this rank's stream wait for the event, and the stream on which a peer GPU's memory would be copied."""
         streams = {torch.cuda.current_stream(self.device)}
-        if x is not None and x.device != self.device:
+        if x is not None and x.is_cuda and x.device != self.device:
             # A copy between GPUs runs on the source's current stream, and in this thread that is not the writer's.
             streams.add(torch.cuda.current_stream(x.device))
         for stream in streams:

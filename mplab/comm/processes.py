@@ -1,7 +1,8 @@
 """Ranks that are processes, under torchrun or another launcher, over torch.distributed: gloo, and NCCL between GPUs.
 
-Ranks talk directly, as the ledger counts: each gives every other one its part, and reduces in rank order what it gets, so that the
-results are those of thread ranks, bit for bit. What a rank calls travels with its part and is compared before anything is written.
+Ranks talk directly, as the ledger counts: each gives every other one its part, and reduces in rank order what it gets,
+so that the results are those of thread ranks, bit for bit. What a rank calls travels with its part and is compared
+before anything is written.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplab.comm import collectives, parts
+from mplab.comm import collectives, fabric, parts
 from mplab.comm.communicator import Call, Communicator, Handle
-from mplab.comm.fabric import Fabric
 from mplab.comm.guard import Guard
 from mplab.comm.hub import user_line
 from mplab.comm.ledger import Ledger, Message
@@ -32,8 +32,8 @@ Parts = list[Tensor | None]  # one for each rank of a group
 class ProcessCommunicator(Communicator):
     """One process rank's end of the connections.
 
-    An operation that is started sends this rank's part at once and receives the others' in the background; `wait()` compares the
-    calls and only then computes and writes. Over NCCL only the calls are exchanged in the background.
+    An operation that is started sends this rank's part at once and receives the others' in the background; `wait()`
+    compares the calls, and only then computes and writes. Over NCCL only the calls are exchanged in the background.
 
     Args:
         rank: this rank's place in the group.
@@ -42,7 +42,7 @@ class ProcessCommunicator(Communicator):
         ledger: counts messages and bytes.
         trace: writes down when.
         guard: this process's mail and watch.
-        backend: what carries tensors in collectives in place of the mail; None: the mail does.
+        has_fabric: tensors of collectives travel over NCCL, and not by mail.
     """
 
     def __init__(
@@ -53,16 +53,15 @@ class ProcessCommunicator(Communicator):
         ledger: Ledger,
         trace: Recorder,
         guard: Guard,
-        backend: str | None = None,
+        has_fabric: bool = False,
     ) -> None:
         super().__init__(rank, ranks, device, ledger, trace)
-        self._guard, self._backend = guard, backend
+        self._guard, self._has_fabric = guard, has_fabric
         self._me = ranks[rank]
         self._others = tuple(r for r in ranks if r != self._me)
         # The same ranks in another order are a mistake to be found, so their collectives are counted together.
         self._name = ",".join(map(str, ranks))
         self._set = ",".join(map(str, sorted(ranks)))
-        self._fabric: Fabric | None = None
         self._traffic: dict[Call, Traffic] = {}
         # One for each list of ranks, however it is reached.
         self._groups: dict[tuple[int, ...], ProcessCommunicator] = {ranks: self}
@@ -71,7 +70,9 @@ class ProcessCommunicator(Communicator):
         members = self._check_group(ranks)
         if members not in self._groups:
             rank = members.index(self._me)
-            group = ProcessCommunicator(rank, members, self.device, self.ledger, self.trace, self._guard, self._backend)
+            group = ProcessCommunicator(
+                rank, members, self.device, self.ledger, self.trace, self._guard, self._has_fabric
+            )
             group._groups = self._groups
             self._groups[members] = group
         return self._groups[members]
@@ -97,10 +98,14 @@ class ProcessCommunicator(Communicator):
         peer = self.ranks[src]
         parcel = self._guard.collect([peer], key, f"recv(src={src}, tag={tag})", self.ranks)[peer]
         assert parcel.x is not None
-        # A small one lies in a frame that is much larger.
-        x = parcel.x.clone() if parcel.x.untyped_storage().nbytes() == FRAME_BYTES else parcel.x
+        met = self._met(mark, [parcel])
+        self.trace.add("wait", "recv", mark, met)
+        if parcel.x.untyped_storage().nbytes() == FRAME_BYTES:
+            x = parcel.x.clone()  # it is small, and lies in a frame that is much larger
+        else:
+            x = parcel.x
+            self.trace.add("message", "recv", met, self.trace.now())
         x = x.to(self.device)
-        self.trace.add("wait", "recv", mark, self._met(mark, [parcel]))
         size = x.numel() * x.element_size()
         self.ledger.add(Message("recv", self.ranks, (peer,), 0, 0, size, begin, time.perf_counter_ns()))
         return x
@@ -138,7 +143,7 @@ class ProcessCommunicator(Communicator):
             mine = parts.made(call, received, chunks[self.rank])
             reduced: Parts = [mine] * self.size
             self._send(reduced, key, None)
-            came = {} if self._backend else self._guard.collect(self._others, key, call, self.ranks)
+            came = {} if self._has_fabric else self._guard.collect(self._others, key, call, self.ranks)
             for chunk, part in zip(chunks, self._received(reduced, came, lambda: chunks), strict=True):
                 if part is not mine and part is not None:
                     chunk.copy_(part)
@@ -176,8 +181,8 @@ class ProcessCommunicator(Communicator):
         return key
 
     def _send(self, given: Parts, key: str, words: object) -> None:
-        """Mail what the others are given; where a fabric carries it, the words alone."""
-        if self._backend:
+        """Mail what the others are given; where the fabric carries it, the words alone."""
+        if self._has_fabric:
             if words is not None:
                 self._guard.send(self._others, key, words)
             return
@@ -190,7 +195,7 @@ class ProcessCommunicator(Communicator):
                 self._guard.send([peer], key, words, x, borrowed=True)
 
     def _meet(self, call: Call, key: str, shape: Any) -> tuple[Call, list[Any], dict[int, Parcel]]:
-        """Wait until all have called the same; returns the call with the shape that is agreed on, and all ranks' shapes."""
+        """Wait until all have called the same: the call with the shape that is agreed on, and all ranks' shapes."""
         called = {self._me: (call, self.ranks)}
         agreed = call
 
@@ -204,28 +209,30 @@ class ProcessCommunicator(Communicator):
         came = self._guard.collect(self._others, key, call, self.ranks, agrees)
         if not all(ranks == self.ranks and theirs.agrees(agreed) for theirs, ranks in called.values()):
             lines = {r: parcel.words[3] for r, parcel in came.items()} | {self._me: user_line(sys._getframe(1))}
-            said = "\n".join(
-                f"  rank {r} called {called[r][0]}{_of_group(called[r][1], self.ranks)} at {lines[r]}" for r in sorted(called)
-            )
-            number = key.split("#")[1]
-            error = CollectiveMismatch(f"collective {number} of group {list(self.ranks)} differs between ranks:\n{said}")
+            said = [
+                f"  rank {r} called {theirs}{_of_group(ranks, self.ranks)} at {lines[r]}"
+                for r, (theirs, ranks) in sorted(called.items())
+            ]
+            which = f"collective {key.split('#')[1]} of group {list(self.ranks)}"
+            error = CollectiveMismatch("\n".join([f"{which} differs between ranks:", *said]))
             self._guard.fail(error)
             raise error
         shapes = [shape if r == self._me else came[r].words[2] for r in self.ranks]
         return agreed, shapes, came
 
-    def _received(self, given: Parts, came: dict[int, Parcel], expected: Callable[[], Sequence[Tensor | None]]) -> Parts:
+    def _received(
+        self, given: Parts, came: dict[int, Parcel], expected: Callable[[], Sequence[Tensor | None]]
+    ) -> Parts:
         """What each rank gave to this one."""
-        if self._backend is None:
-            return [given[r] if peer == self._me else came[peer].x for r, peer in enumerate(self.ranks)]
-        if self._fabric is None:
-            self._fabric = Fabric(self.ranks, self.rank, self.device, self._backend)
-        return self._fabric.exchange(given, expected())
+        if self._has_fabric:
+            return fabric.exchange(self.ranks, given, expected(), self.device)
+        return [given[r] if peer == self._me else came[peer].x for r, peer in enumerate(self.ranks)]
 
     def _expected(self, call: Call, shapes: Sequence[Any]) -> Parts:
         """The likes of what each rank gives to this one."""
         return [
-            parts.given(call, None if s is None else _like(s, call), r, self.size)[self.rank] for r, s in enumerate(shapes)
+            parts.given(call, None if s is None else _like(s, call), r, self.size)[self.rank]
+            for r, s in enumerate(shapes)
         ]
 
     def _number(self, what: str, key: str) -> str:
@@ -242,7 +249,7 @@ class ProcessCommunicator(Communicator):
         return max([mark, *(parcel.came_ns for parcel in came)])
 
     def _traffic_of(self, call: Call, shapes: Sequence[Any]) -> Traffic:
-        """What this rank sends and receives; training repeats its calls, so it is worked out once where that is enough."""
+        """What this rank sends and receives; training repeats its calls, so it is worked out once if that will do."""
         traffic = self._traffic.get(call)
         if traffic is None:
             likes = [None if s is None else _like(s, call) for s in shapes]
@@ -261,7 +268,7 @@ class ProcessCommunicator(Communicator):
 
 def _call(said: list[Any]) -> Call:
     name, op, root, dim, shape, dtype = said
-    return Call(name, op, root, dim, None if shape is None else tuple(shape), None if dtype is None else getattr(torch, dtype))
+    return Call(name, op, root, dim, None if shape is None else tuple(shape), dtype and getattr(torch, dtype))
 
 
 def _like(shape: Sequence[int], call: Call) -> Tensor:

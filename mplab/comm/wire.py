@@ -1,17 +1,20 @@
 """Parcels between processes: some words and perhaps a tensor, over torch.distributed's `isend` and `irecv`.
 
-A parcel says itself how long it is and what is in it, so that a receiver needs to know nothing. It travels as one *frame* of fixed
-size and, if it is longer, a second message with the rest. One thread for every peer receives at all times: a send never waits for
-its receiver, and the rank's own thread only ever waits in Python, where Ctrl-C and bad news reach it.
+A parcel says itself how long it is and what is in it, so that a receiver needs to know nothing. It travels as one
+*frame* of fixed size and, if it is longer, a second message with the rest. One thread for every peer receives at all
+times: a send never waits for its receiver, and the rank's own thread only ever waits in Python, where Ctrl-C and bad
+news reach it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -26,8 +29,11 @@ FRAME_BYTES = 2048
 # Bytes of the parcel, bytes of its words, and whether the receiver gives the memory back.
 _LENGTHS = struct.Struct("<qqq")
 _ALIGN_BYTES = 64
-# gloo must never give up by itself: a wait that expires breaks the connection. Who waits too long is the guard's to say.
+# gloo must never give up by itself, for that breaks the connection: who waits too long is the guard's to say.
 _FOREVER = timedelta(days=365)
+_FRAME_TAG, _REST_TAG, _NO_TAG = 0, 1, 3
+# For threads to end after their connections were broken.
+_BREAK_S = 1.0
 # Memory of this size and more is kept to be used again, so many pieces of it.
 SPARE_BYTES, NUM_SPARE = 1 << 16, 16
 
@@ -54,20 +60,25 @@ class Wire:
     Args:
         rank: this process's rank in the default group.
         size: ranks in it.
-        deliver: called with a peer and its parcel, from that peer's thread, in the order of sending; False: no more will come.
+        deliver: called with a peer and its parcel, from that peer's thread, in the order of sending; False: it was the
+            last one.
         lose: called with a peer and the reason when its connection breaks.
     """
 
-    def __init__(self, rank: int, size: int, deliver: Callable[[int, Parcel], bool], lose: Callable[[int, str], None]) -> None:
+    def __init__(
+        self, rank: int, size: int, deliver: Callable[[int, Parcel], bool], lose: Callable[[int, str], None]
+    ) -> None:
         self.peers = tuple(r for r in range(size) if r != rank)
         self._deliver, self._lose = deliver, lose
         self._sending = threading.Lock()
         self._in_flight: SimpleQueue[Any] = SimpleQueue()
         self._spare = _Spare()
-        self._receivers = [threading.Thread(target=self._receive, args=(p,), daemon=True, name=f"mplab-from{p}") for p in self.peers]
-        for thread in self._receivers:
+        self._receivers = [
+            threading.Thread(target=self._receive, args=(p,), daemon=True, name=f"mplab-from{p}") for p in self.peers
+        ]
+        self._releaser = threading.Thread(target=self._release_sent, daemon=True, name="mplab-sent")
+        for thread in (*self._receivers, self._releaser):
             thread.start()
-        threading.Thread(target=self._release_sent, daemon=True, name="mplab-sent").start()
 
     def send(self, peers: Sequence[int], words: object, x: Tensor | None = None, borrowed: bool = False) -> None:
         """Send one parcel to some peers, without waiting; `x` is copied.
@@ -94,11 +105,11 @@ class Wire:
             works = []
             for peer in peers:
                 try:
-                    works.append(dist.isend(memory[:FRAME_BYTES], peer, tag=0))
+                    works.append(dist.isend(memory[:FRAME_BYTES], peer, tag=_FRAME_TAG))
                     if num_bytes > FRAME_BYTES:
-                        works.append(dist.isend(memory[FRAME_BYTES:num_bytes], peer, tag=1))
+                        works.append(dist.isend(memory[FRAME_BYTES:num_bytes], peer, tag=_REST_TAG))
                 except RuntimeError as error:
-                    broken.append((peer, str(error)))
+                    broken.append((peer, _reason(error)))
         self._in_flight.put((works, memory))
         for peer, reason in broken:
             self._lose(peer, reason)
@@ -115,30 +126,40 @@ class Wire:
         is_flushed.wait(timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Let the threads end; one whose peer still says nothing when the time is over is left to the end of the process."""
-        end = time.monotonic() + timeout_s
-        for thread in self._receivers:
-            thread.join(max(0.0, end - time.monotonic()))
-        self.flush(max(0.0, end - time.monotonic()))
+        """Let the threads end, and disconnect from peers that say nothing until the time is over.
+
+        None may be left: a thread that wakes up while Python shuts down ends the process with SIGABRT.
+        """
+        end_s = time.monotonic() + timeout_s
         self._in_flight.put(None)
+        for thread in (*self._receivers, self._releaser):
+            thread.join(max(0.0, end_s - time.monotonic()))
+        for peer in self.peers:
+            if any(thread.is_alive() for thread in (*self._receivers, self._releaser)):
+                with suppress(RuntimeError):  # a wait that expires breaks all of this process's connections
+                    never = torch.empty(1, dtype=torch.uint8, device="cpu")
+                    _wait(dist.irecv(never, peer, tag=_NO_TAG), timedelta(milliseconds=1))
+                for thread in (*self._receivers, self._releaser):
+                    thread.join(_BREAK_S / len(self.peers))
 
     def _receive(self, peer: int) -> None:
         try:
             while self._deliver(peer, self._next(peer)):
                 pass
         except RuntimeError as error:
-            self._lose(peer, str(error))
+            self._lose(peer, _reason(error))
 
     def _next(self, peer: int) -> Parcel:
         memory = torch.empty(FRAME_BYTES, dtype=torch.uint8)
-        _wait(dist.irecv(memory, peer, tag=0))
+        _wait(dist.irecv(memory, peer, tag=_FRAME_TAG))
         came_ns = time.perf_counter_ns()
-        num_bytes, text_bytes, borrowed = _LENGTHS.unpack_from(memory.numpy())
+        num_bytes, text_bytes, borrowed = _LENGTHS.unpack(memory.numpy()[: _LENGTHS.size].tobytes())
         is_long = num_bytes > FRAME_BYTES
         if is_long:
-            frame, memory = memory, self._spare.take(num_bytes) if borrowed else torch.empty(num_bytes, dtype=torch.uint8)
+            frame = memory
+            memory = self._spare.take(num_bytes) if borrowed else torch.empty(num_bytes, dtype=torch.uint8)
             memory[:FRAME_BYTES] = frame
-            _wait(dist.irecv(memory[FRAME_BYTES:num_bytes], peer, tag=1))
+            _wait(dist.irecv(memory[FRAME_BYTES:num_bytes], peer, tag=_REST_TAG))
         words, *about = json.loads(memory.numpy()[_LENGTHS.size : _LENGTHS.size + text_bytes].tobytes())
         x = None
         if about:
@@ -147,17 +168,15 @@ class Wire:
         return Parcel(words, x, came_ns, memory if is_long and borrowed else None)
 
     def _release_sent(self) -> None:
-        """Free what has been sent. A thread of its own, because gloo tells that a send is over to who waits for it only."""
+        """Free what has been sent: in a thread of its own, for gloo tells only who waits for it that a send is over."""
         while (item := self._in_flight.get()) is not None:
             if isinstance(item, threading.Event):
                 item.set()
                 continue
             works, memory = item
             for work in works:
-                try:
+                with suppress(RuntimeError):  # the thread that receives from this peer hears of it too, and tells
                     _wait(work)
-                except RuntimeError:
-                    pass  # the thread that receives from this peer hears of it too, and tells
             self._spare.give(memory)
             del item, works, memory
 
@@ -184,6 +203,11 @@ class _Spare:
                 self._free = [memory, *self._free][:NUM_SPARE]
 
 
-def _wait(work: dist.Work | None) -> None:
+def _wait(work: dist.Work | None, timeout: timedelta = _FOREVER) -> None:
     assert work is not None
-    work.wait(_FOREVER)
+    work.wait(timeout)
+
+
+def _reason(error: RuntimeError) -> str:
+    """gloo's message without the place in its source, and its first sentence alone."""
+    return re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0]

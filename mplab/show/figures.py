@@ -97,6 +97,7 @@ def all_reduce_times(
     measured: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     notes: Sequence[str] = (),
     title: str = "",
+    plot_px: int = 380,
 ) -> Any:
     """What every taught all-reduce should take over a link, as lines over the size; what it took, as marks.
 
@@ -105,7 +106,8 @@ def all_reduce_times(
         num_ranks: in the all-reduce.
         measured: (bytes, seconds) by algorithm.
         notes: what the marks cannot prove.
-        title: above the figure; by default the link and the ranks.
+        title: above the figure; by default it has the number of ranks.
+        plot_px: height of the plot itself.
     """
     go = graph_objects()
     figure = go.Figure()
@@ -121,13 +123,13 @@ def all_reduce_times(
     all_times = [y for trace in figure.data for y in trace.y]
     figure.update_layout(xaxis=sizes_axis(SIZES_BYTES), yaxis=seconds_axis(all_times))
     title = title or f"All-reduce over {num_ranks} ranks: predicted lines, measured marks"
-    return lay_out(figure, 400, title, notes)
+    return lay_out(figure, plot_px, title, notes)
 
 
 def lay_out(figure: Any, plot_px: int, title: str, notes: Sequence[str]) -> Any:
     """Title, legend and notes around a plot, none of them over another from 600 px of width on."""
     remarks = [line for note in notes for line in textwrap.wrap(note, 84)]
-    has_legend = sum(trace.showlegend is not False for trace in figure.data) > 1
+    has_legend = figure.layout.showlegend is not False
     top, bottom = 36 + 44 * has_legend, 56 + (_NOTE_PX * len(remarks) + 6 if remarks else 0)
     height = plot_px + top + bottom
     figure.update_layout(

@@ -20,13 +20,14 @@ class Hops:
     Args:
         ledgers: of a run whose ranks used send and recv: `world.ledgers`.
         title: what ran.
+        tensor_bytes: bytes of the whole tensor, for the widest arrow; by default those of the largest message.
 
     Raises:
         MplabError: nothing was sent with `send`: the direct collectives leave no hops.
     """
 
-    def __init__(self, ledgers: Sequence[Ledger], title: str = "") -> None:
-        self.num_ranks, self.title = len(ledgers), title
+    def __init__(self, ledgers: Sequence[Ledger], title: str = "", tensor_bytes: int | None = None) -> None:
+        self.num_ranks, self.title, self.tensor_bytes = len(ledgers), title, tensor_bytes
         self.steps: tuple[tuple[Hop, ...], ...] = tuple(map(tuple, steps(ledgers)))
         others = sorted({message.op for ledger in ledgers for message in ledger.messages} - {"send", "recv"})
         if others and not self.steps:
@@ -65,7 +66,8 @@ class Hops:
         """
         go = graph_objects()
         num_columns = max(len(self.steps), 1)
-        largest = max((hop.size_bytes for step in self.steps for hop in step), default=0) or 1
+        largest = max((hop.size_bytes for step in self.steps for hop in step), default=0)
+        full_bytes = self.tensor_bytes or largest or 1
         figure = go.Figure()
         for rank in range(self.num_ranks):
             figure.add_scatter(
@@ -77,7 +79,7 @@ class Hops:
             )
         for number, step in enumerate(self.steps, start=1):
             for hop in step:
-                share = hop.size_bytes / largest
+                share = min(hop.size_bytes / full_bytes, 1.0)
                 figure.add_annotation(
                     x=number + 0.36,
                     y=hop.dst,
@@ -119,7 +121,7 @@ class Hops:
             },
         )
         notes = [
-            "An arrow is a message of the run, as wide as its bytes are many.",
+            f"An arrow is a message of the run, as wide as its bytes are many: at most {full_bytes:,}.",
             "Steps, not seconds: in each a rank sends one message and receives one.",
         ]
         figure = lay_out(figure, self.num_ranks * _ROW_PX, self.title, notes)

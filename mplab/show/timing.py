@@ -41,7 +41,7 @@ class Timing:
 
 
 def time_all_reduce(
-    algorithm: str, num_ranks: int, size_bytes: int, link: Link | None = None, num_runs: int = 3
+    algorithm: str, num_ranks: int, size_bytes: int, link: Link | None = None, num_runs: int = 5
 ) -> Timing:
     """Run a taught all-reduce and time it; its sum is checked.
 

@@ -70,16 +70,21 @@ class CollectiveExplorer:
             style={"button_width": "130px", "description_width": "95px"},
         )
         self.button = widgets.Button(
-            description="Run it", icon="play", tooltip="Run the chosen all-reduce on this machine"
+            description="Run it",
+            icon="play",
+            button_style="primary",
+            tooltip="Run the chosen all-reduce on this machine",
         )
-        self.words, self.result = widgets.HTML(), widgets.HTML()
+        # Heights are kept free, so that the figure stays where it is while the texts change.
+        self.words = widgets.HTML(layout={"min_height": "4.5em"})
+        self.result = widgets.HTML(layout={"min_height": "4.8em"})
         self._measured: list[tuple[str, int, float]] = []
-        self.figure = go.FigureWidget(all_reduce_times(self.link, num_ranks, title=" "))
-        self.figure.update_layout(uirevision="keep")
+        self.figure = go.FigureWidget(all_reduce_times(self.link, num_ranks, title=" ", plot_px=300))
+        self.figure.update_layout(autosize=True, uirevision="keep")
         self.figure.add_scatter(
             mode="markers",
             name="your choice",
-            marker={"symbol": "circle-open", "size": 18, "color": "black", "line": {"width": 3}},
+            marker={"size": 20, "color": "rgba(0, 0, 0, 0)", "line": {"color": "black", "width": 2.5}},
         )
         self.figure.add_scatter(
             mode="markers",
@@ -95,8 +100,10 @@ class CollectiveExplorer:
             [self.num_ranks, self.latency_s, self.size_bytes, self.bandwidth_bytes_s],
             layout={"grid_template_columns": "repeat(auto-fit, minmax(400px, 1fr))", "width": "100%"},
         )
-        run = widgets.HBox([self.button, self.result], layout={"align_items": "center"})
-        self.box = widgets.VBox([sliders, self.algorithm, self.words, self.figure, run])
+        choice = widgets.HBox(
+            [self.algorithm, self.button], layout={"align_items": "flex-end", "flex_flow": "row wrap"}
+        )
+        self.box = widgets.VBox([sliders, choice, self.words, self.result, self.figure])
         self._redraw()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
@@ -126,7 +133,7 @@ class CollectiveExplorer:
             every = [t for times in curves for t in times.values()] + [y for _, _, y in self._measured]
             self.figure.layout.yaxis.range = seconds_axis(every)["range"]
             self.figure.layout.title.text = f"All-reduce over {num_ranks} ranks: predicted time over size"
-        self.words.value = f'<p role="status" aria-live="polite">{html.escape(self.describe())}</p>'
+        self.words.value = _paragraph("status", self.describe())
 
     def describe(self) -> str:
         """The figure in words: which algorithm wins at the chosen point, and by how much."""
@@ -173,12 +180,17 @@ class CollectiveExplorer:
                 f"{timing.median_s / predicted_s:.3g} times as long. Rank 0 sent {timing.num_messages[0]} messages, "
                 f"{timing.sent_bytes[0]:,} bytes. {'; '.join(timing.notes)}."
             )
-            self.result.value = f'<p role="status" aria-live="polite">{html.escape(said)}</p>'
+            self.result.value = _paragraph("status", said)
         except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
-            said = f"{type(error).__name__}: {error}"
-            self.result.value = f'<p role="alert" style="white-space: pre-wrap">{html.escape(said)}</p>'
+            self.result.value = _paragraph("alert", f"{type(error).__name__}: {error}")
         finally:
             self.button.disabled, self.button.description = False, "Run it"
+
+
+def _paragraph(role: str, text: str) -> str:
+    """A text that a screen reader says when it changes."""
+    style = "line-height: 1.5; margin: 0.3em 0; white-space: pre-line"
+    return f'<p role="{role}" aria-live="polite" style="{style}">{html.escape(text)}</p>'
 
 
 def _ipywidgets() -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 from mplab.errors import MplabError
 
-TIMEOUT_S = 60
+TIMEOUT_S = 30
 GRACE_S = 2.0
 
 

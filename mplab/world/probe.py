@@ -27,6 +27,7 @@ from mplab.world.world import World
 # What is measured: matmuls of N x N and copies of so many bytes, large enough to be limited by the machine alone.
 CPU_MATMUL_SIZE, CPU_COPY_BYTES = 1024, 64 << 20
 GPU_MATMUL_SIZE, GPU_COPY_BYTES = 8192, 256 << 20
+ALL_COPIES_BYTES = 2 << 30  # of all cores together, so that a machine of many cores has the memory for it
 MEASURE_S = 0.2
 
 
@@ -168,7 +169,7 @@ def _notes(here: Machine) -> tuple[str, ...]:
     copies = CPU_COPY_BYTES >> 20, GPU_COPY_BYTES >> 20
     gpu = (f" ({n[1]}×{n[1]} on a GPU)", f" ({copies[1]} MB on a GPU)") if here.gpus else ("", "")
     notes = [
-        f"Measured here and now, medians: matmuls of {n[0]}×{n[0]}{gpu[0]}, copies of {copies[0]} MB{gpu[1]}, "
+        f"Measured here and now, medians: matmuls of {n[0]}×{n[0]}{gpu[0]}, copies of up to {copies[0]} MB{gpu[1]}, "
         "messages of 1 KB to 16 MB between two ranks."
     ]
     if here.num_cores == 1:
@@ -183,7 +184,8 @@ def _notes(here: Machine) -> tuple[str, ...]:
 
 def _cpu_speed(num_cores: int) -> Speed:
     """What cores do when each has one rank: alone, or all at once."""
-    rates = World(num_cores, "cpu").run(_speed_of_rank, CPU_MATMUL_SIZE, CPU_COPY_BYTES)
+    copy_bytes = min(CPU_COPY_BYTES, ALL_COPIES_BYTES // (2 * num_cores))
+    rates = World(num_cores, "cpu").run(_speed_of_rank, CPU_MATMUL_SIZE, copy_bytes)
     name = "1 core" if num_cores == 1 else f"{num_cores} cores at once"
     return Speed(name, *(sum(of_all) for of_all in zip(*rates, strict=True)))
 

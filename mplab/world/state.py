@@ -75,19 +75,34 @@ def _stream(device: torch.device) -> Iterator[None]:
         yield
 
 
+# Green contexts and their streams, kept for the next run: memory that a stream has used goes back to torch through it.
+_slices: dict[tuple[torch.device, int], list[tuple[Any, Any]]] = {}
+
+
 @contextmanager
 def _sm_slice(num_sms: int, device: torch.device) -> Iterator[None]:
-    """A green context: its current stream runs on `num_sms` of the GPU's SMs and on no others."""
+    """A stream of a green context: its kernels run on `num_sms` of the GPU's SMs and on no others.
+
+    Torch splits the GPU anew for every context, so that the shares of two ranks may overlap (pytorch issue 195378).
+    """
     from torch.cuda.green_contexts import GreenContext
 
+    idle = _slices.setdefault((device, num_sms), [])
+    context: Any
     try:
-        context: Any = GreenContext.create(num_sms=num_sms, device_id=device.index or 0)
-        context.set_context()
-    except RuntimeError as error:
-        raise MplabError(
-            f"slices=True: the driver gave no share of {num_sms} SMs on {device} ({error}): use slices=False"
-        ) from error
+        context, stream = idle.pop()
+    except IndexError:
+        try:
+            context = GreenContext.create(num_sms=num_sms, device_id=device.index or 0)
+            stream = context.Stream()
+        except (RuntimeError, AttributeError) as error:
+            raise MplabError(
+                f"slices=True: torch or the driver gave no share of {num_sms} SMs on {device} ({error}): "
+                "use slices=False"
+            ) from error
     try:
-        yield
+        # Not set_context(): that puts a rank on its context's NULL stream, and torch takes those of all ranks for one.
+        with torch.cuda.stream(stream):
+            yield
     finally:
-        context.pop_context()
+        idle.append((context, stream))

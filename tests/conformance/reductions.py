@@ -68,7 +68,7 @@ def check_mean_is_one_division_at_the_end(rank: Rank) -> None:
 def check_rank_order_and_equal_bits(rank: Rank) -> None:
     """Floats that round: the same bits on every rank, and those of a sum in rank order."""
     for dtype in FLOATS:
-        for length in (1, 7, 1001, LARGE):
+        for length in (1, 7, 1001, LARGE) if dtype == torch.float32 else (1, 7, 1001):
             generator = torch.Generator().manual_seed(length)
             xs = [
                 torch.randn(length, generator=generator, dtype=torch.float64).to(dtype).to(rank.device)

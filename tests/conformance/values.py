@@ -15,7 +15,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 DTYPES = (*FLOATS, *INTEGERS, torch.bool, torch.complex64)
 
-LARGE = 70_001  # float32: 273 KiB, above what one thread rank reduces alone; 70,001 is divided by none of 2 to 8
+LARGE = 70_001  # float32: 273 KiB; divided by none of 2 to 8
 
 
 def lengths(n: int) -> list[int]:

@@ -1,0 +1,328 @@
+"""What the processes of tests/test_processes.py run: `process_ranks.py FOLDER SCENARIO...`, each in a world of its own.
+
+Each process writes what it saw of each scenario to FOLDER/SCENARIO.RANK.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conformance import CHECKS, checks_of, groups, ledgers, messages
+
+from mplab import Mesh, MplabError, Rank, World
+from mplab.comm.reduction import OPS
+from mplab.world.launch import ProcessWorld
+
+TIMEOUT_S = 1.5  # of the worlds in which something hangs
+
+
+# --- the same results and the same ledger as thread ranks ------------------------------------------------------------
+
+
+def program(rank: Rank) -> list[Any]:
+    """Every collective, several dtypes, uneven lengths, groups and messages; what came of it, and the ledger."""
+    n, me, comm = rank.size, rank.index, rank.comm
+    results: list[Any] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.int16, torch.bool, torch.complex128):
+        for length in (0, 7, 40_001):
+            x = torch.randn(length, generator=torch.Generator().manual_seed(me), dtype=torch.float64).to(dtype)
+            for op in OPS:
+                if (op == "mean" and not (dtype.is_floating_point or dtype.is_complex)) or (
+                    op in ("max", "min") and dtype.is_complex
+                ):
+                    continue
+                results += [comm.all_reduce(x, op), comm.reduce(x, op, n - 1), comm.reduce_scatter(x, op)]
+                results += [comm.all_reduce_(x.clone(), op), comm.iall_reduce(x, op).wait()]
+            results += [comm.broadcast(x if me == 0 else None), comm.scatter(x if me == 1 else None, 1)]
+            results += [comm.all_gather(x[: length // (me + 1)]), comm.gather(x[me:], n - 1)]
+            results += comm.all_to_all([x[: length // (me + r + 1)] for r in range(n)])
+    y = torch.arange(24.0).reshape(2, 3, 4).transpose(0, 2) * (me + 1)
+    results += [
+        comm.all_reduce(y),
+        comm.all_gather(y, -1),
+        comm.reduce_scatter(y, "max", 1),
+        comm.all_reduce(y[0, 0, 0]),
+    ]
+    comm.barrier()
+    comm.isend(y, (me + 1) % n, tag=3)
+    comm.send(y[1], (me + 1) % n)
+    results += [comm.recv((me - 1) % n), comm.recv((me - 1) % n, tag=3)]
+    half = comm.group([r for r in range(n) if r % 2 == me % 2])
+    results += [half.all_reduce(y), half.group(range(half.size)).all_gather(y)]
+    mesh = Mesh(dp=2, tp=n // 2).connect(comm)
+    results += [mesh.dp.all_reduce(y), mesh.tp.all_gather(y), torch.rand(3, generator=rank.generator)]
+    return [[digest(x) for x in results], [message[:6] for message in comm.ledger.messages]]
+
+
+def digest(x: torch.Tensor | None) -> str:
+    if x is None:
+        return "None"
+    data = x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return f"{x.dtype} {tuple(x.shape)} {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def same(world: ProcessWorld) -> Any:
+    (result,) = world.run(program)
+    assert world.ledgers[0] is world.rank.comm.ledger
+    return result
+
+
+def conformance(world: ProcessWorld) -> Any:
+    for check in CHECKS:
+        world.run(check)
+    return len(CHECKS)
+
+
+def conformance_of_groups(world: ProcessWorld) -> Any:
+    """What takes more than two ranks to go wrong."""
+    for check in OF_GROUPS:
+        world.run(check)
+    return len(OF_GROUPS)
+
+
+OF_GROUPS = checks_of(groups, ledgers, messages)
+
+
+def fabric(world: ProcessWorld) -> Any:
+    """The way of CUDA tensors, with CPU tensors over gloo in place of NCCL."""
+
+    def over_fabric(rank: Rank) -> list[Any]:
+        rank.comm._has_fabric = True  # type: ignore[attr-defined]
+        return program(rank)
+
+    return world.run(over_fabric)[0]
+
+
+def timeline(world: ProcessWorld) -> Any:
+    """What every process sees of all of them, and what else a world has to tell."""
+
+    def work(rank: Rank) -> None:
+        with rank.span("forward", microbatch=1):
+            time.sleep(0.05 * (rank.index + 1))
+        rank.comm.all_reduce(torch.ones(1000))
+
+    world.run(lambda rank: rank.comm.barrier())  # the next one's alone are told
+    world.run(work)
+    kept = [(e.rank, e.lane, e.name, e.size_bytes, e.microbatch) for e in world.timeline.events]
+    forward = [[e.start_s, e.end_s] for e in world.timeline.events if e.name == "forward"]
+    return {"events": sorted(map(repr, kept)), "forward": forward, "text": str(world), "notes": world.notes}
+
+
+def backward(world: ProcessWorld) -> Any:
+    """Collectives inside of backward run in the rank's own thread."""
+
+    def work(rank: Rank) -> list[Any]:
+        class Reduced(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+                return x * 1
+
+            @staticmethod
+            def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+                threads.append(threading.get_ident())
+                return rank.comm.all_reduce(grad)
+
+        threads: list[int] = []
+        x = torch.ones(3, requires_grad=True)
+        Reduced.apply(x).sum().backward()
+        return [threads == [threading.get_ident()], x.grad.tolist(), torch.get_num_threads()]
+
+    return world.run(work)[0]
+
+
+# --- faults: each rank's function, by scenario -----------------------------------------------------------------------
+
+
+def differ(*calls: Callable[[Rank], Any]) -> Callable[[Rank], Any]:
+    """Rank i makes the i-th call, the others the last one; the tensor of each must stay as it was."""
+
+    def work(rank: Rank) -> None:
+        rank.comm.barrier()
+        calls[min(rank.index, len(calls) - 1)](rank)
+
+    return work
+
+
+X = torch.arange(6.0)
+
+
+def raising(rank: Rank) -> None:
+    if rank.index == 1:
+        with rank.span("forward"):
+            raise KeyError("no such layer")
+    rank.comm.all_reduce(X)
+
+
+def interrupted(rank: Rank) -> None:
+    if rank.index == 1:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    if rank.index == 0:
+        time.sleep(4)  # nobody else can go on
+    rank.comm.barrier()
+
+
+def early(rank: Rank) -> None:
+    """Rank 1 waits for rank 0, which has ended, while others compute."""
+    if rank.index == 1:
+        rank.comm.recv(0)
+    elif rank.index > 1:
+        time.sleep(3)
+
+
+def ring(rank: Rank) -> None:
+    rank.comm.recv((rank.index + 1) % rank.size)
+
+
+def cycle(rank: Rank) -> None:
+    """0 waits for 1 in one group, 1 for 0 in another."""
+    pair, all_ranks = rank.comm.group([0, 1]) if rank.index < 2 else None, rank.comm
+    if rank.index == 0 and pair is not None:
+        pair.barrier()
+    all_ranks.recv(0) if rank.index == 1 else all_ranks.barrier()
+
+
+def cycle_of_groups(rank: Rank) -> None:
+    """Three groups of two, each rank in two of them and each waiting in another one first."""
+    n, me = rank.size, rank.index
+    right, left = sorted([me, (me + 1) % n]), sorted([me, (me - 1) % n])
+    rank.comm.group(right).barrier()
+    rank.comm.group(left).barrier()
+
+
+def unsent_on_the_way(rank: Rank) -> None:
+    """A message that nobody receives is no way out of a deadlock."""
+    if rank.index == 0:
+        rank.comm.send(X, 1, tag=5)
+    ring(rank)
+
+
+def late(rank: Rank) -> None:
+    if rank.index == 1:
+        time.sleep(TIMEOUT_S + 3)  # the late line
+    rank.comm.barrier()
+
+
+def late_but_in_time(rank: Rank) -> None:
+    if rank.index == 1:
+        time.sleep(TIMEOUT_S - 0.5)
+    rank.comm.barrier()
+    if rank.index == 0:
+        time.sleep(TIMEOUT_S + 0.5)  # the end of a run waits for as long as it takes
+
+
+def hanging(rank: Rank) -> None:
+    if rank.index == 1:
+        time.sleep(100)
+    rank.comm.barrier()
+
+
+def killed(rank: Rank) -> None:
+    if rank.index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rank.comm.barrier()
+
+
+def between_runs(rank: Rank) -> None:
+    """Called twice: what was sent and not received in the first run does not reach the second."""
+    if rank.index == 0:
+        rank.comm.send(X if SEEN["runs"] == 0 else -X, 1)
+    elif rank.index == 1 and SEEN["runs"] == 1:
+        SEEN["received"] = rank.comm.recv(0).tolist()
+    SEEN["runs"] += 1
+
+
+SEEN: dict[str, Any] = {"runs": 0}
+
+FAULTS: dict[str, Callable[[Rank], Any]] = {
+    "differ_name": differ(lambda r: r.comm.all_reduce_(X), lambda r: r.comm.all_gather(X)),
+    "differ_shape": differ(lambda r: r.comm.all_reduce_(X.view(2, 3)), lambda r: r.comm.all_reduce_(X.view(3, 2))),
+    "differ_length": differ(lambda r: r.comm.all_reduce_(X), lambda r: r.comm.all_reduce_(X[:5])),
+    "differ_dtype": differ(lambda r: r.comm.all_reduce_(X), lambda r: r.comm.all_reduce_(X.int())),
+    "differ_op": differ(lambda r: r.comm.all_reduce_(X, "max"), lambda r: r.comm.all_reduce_(X)),
+    "differ_root": differ(lambda r: r.comm.broadcast(X, 1), lambda r: r.comm.broadcast(X, 0)),
+    "differ_dim": differ(
+        lambda r: r.comm.reduce_scatter(X.view(2, 3), dim=1), lambda r: r.comm.reduce_scatter(X.view(2, 3))
+    ),
+    "differ_order": differ(
+        lambda r: (r.comm.iall_reduce_(X), r.comm.iall_gather(X).wait()), lambda r: r.comm.iall_gather(X).wait()
+    ),
+    "differ_group_order": differ(
+        lambda r: r.comm.group(range(r.size)).all_reduce_(X),
+        lambda r: r.comm.group(list(reversed(range(r.size)))).all_reduce_(X),
+    ),
+    "differ_large": differ(
+        lambda r: r.comm.all_reduce_(LARGE), lambda r: r.comm.all_reduce_(LARGE.view(2, -1)), lambda r: r.comm.barrier()
+    ),
+    "raising": raising,
+    "interrupted": interrupted,
+    "early": early,
+    "ring": ring,
+    "cycle": cycle,
+    "cycle_of_groups": cycle_of_groups,
+    "unsent_on_the_way": unsent_on_the_way,
+    "late": late,
+    "hanging": hanging,
+    "killed": killed,
+}
+LARGE = torch.ones(100_000)
+
+CHECKED: dict[str, Callable[[ProcessWorld], Any]] = {
+    "same": same,
+    "fabric": fabric,
+    "conformance": conformance,
+    "conformance_of_groups": conformance_of_groups,
+    "timeline": timeline,
+    "backward": backward,
+    "late_but_in_time": lambda world: world.run(late_but_in_time),
+    "between_runs": lambda world: (world.run(between_runs), world.run(between_runs), SEEN.get("received"))[2],
+}
+
+
+def fault(world: ProcessWorld, work: Callable[[Rank], Any]) -> Any:
+    """What a rank hears of a fault, when, and that its tensors are untouched."""
+    start_s = time.monotonic()
+    try:
+        world.run(work)
+    except BaseException as error:
+        took_s = time.monotonic() - start_s
+        notes = list(getattr(error, "__notes__", []))
+        said: dict[str, Any] = {"kind": type(error).__name__, "text": str(error), "notes": notes}
+        try:
+            world.run(work)
+        except MplabError as again:
+            said["again"] = type(again).__name__
+    else:
+        took_s, said = time.monotonic() - start_s, {"kind": None}
+    untouched = X.tolist() == list(range(6)) and bool((LARGE == 1).all())
+    return said | {"took_s": took_s, "untouched": untouched}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        propagates = name.startswith("exit_")
+        name = name.removeprefix("exit_")
+        threading.excepthook = lambda args: os._exit(77)  # none of the library's threads may fail in silence
+        world = World.from_env(TIMEOUT_S if name in FAULTS or name.startswith("late") else 30.0)
+        rank = world.rank.index
+        (folder / f"{name}.{rank}.pid").write_text(str(os.getpid()))
+        if propagates:
+            world.run(FAULTS[name])
+        said = CHECKED[name](world) if name in CHECKED else fault(world, FAULTS[name])
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(said))
+        world.close()
+        assert not [t for t in threading.enumerate() if t.name.startswith("mplab")]
+
+
+if __name__ == "__main__":
+    main()

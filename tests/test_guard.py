@@ -1,0 +1,153 @@
+"""What a process rank concludes from what the others say, with their words put in by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mplab.comm import guard as guard_module
+from mplab.comm.guard import Guard
+from mplab.comm.wire import Parcel
+from mplab.errors import CommTimeout, Deadlock, PeerFailure
+
+
+class FakeWire:
+    """Keeps what is sent, and delivers nothing by itself."""
+
+    def __init__(self, rank: int, size: int, deliver: Callable[..., bool], lose: Callable[..., None]) -> None:
+        self.peers = tuple(r for r in range(size) if r != rank)
+        self.sent: list[tuple[tuple[int, ...], Any]] = []
+        self.answers: list[Callable[[], Any]] = []  # to what is sent, one after the other
+
+    def send(self, peers: Any, words: Any, x: torch.Tensor | None = None, borrowed: bool = False) -> None:
+        self.sent.append((tuple(peers), words))
+        if self.answers:
+            self.answers.pop(0)()
+
+    def flush(self, timeout_s: float) -> None: ...
+
+    def close(self, timeout_s: float) -> None: ...
+
+
+@pytest.fixture
+def guard(monkeypatch: pytest.MonkeyPatch) -> Guard:
+    """Rank 0 of 3, in its first run."""
+    monkeypatch.setattr(guard_module, "Wire", FakeWire)
+    monkeypatch.setattr(guard_module, "TELL_AFTER_S", 0.05)
+    monkeypatch.setattr(guard_module, "LISTEN_S", 0.1)
+    made = Guard(0, 3, timeout_s=0.3)
+    made.start()
+    return made
+
+
+def say(guard: Guard, peer: int, kind: str, *words: Any) -> bool:
+    return guard._deliver(peer, Parcel([kind, *words], None, 0, None))
+
+
+def waits(guard: Guard, peer: int, missing: list[int], sent: list[int], received: list[int], run: int = 1) -> None:
+    say(guard, peer, "state", "waits", run, "waits somewhere", missing, sent, received)
+
+
+def recv(guard: Guard) -> Any:
+    return guard.collect([1], "x", "recv(src=1)", [0, 1, 2])[1].words
+
+
+def test_a_parcel_that_is_here_is_taken_at_once(guard: Guard) -> None:
+    say(guard, 1, "data", 1, "x", "hello")
+    assert recv(guard) == "hello"
+    assert guard._wire.sent == []  # type: ignore[attr-defined]
+    assert guard._boxes == {}
+
+
+def test_parcels_of_one_key_keep_their_order(guard: Guard) -> None:
+    for word in ("first", "second"):
+        say(guard, 1, "data", 1, "x", word)
+    assert [recv(guard), recv(guard)] == ["first", "second"]
+
+
+def test_all_wait_and_nothing_is_on_its_way(guard: Guard) -> None:
+    waits(guard, 1, [2], [0, 0, 4], [0, 0, 0])
+    waits(guard, 2, [0], [0, 0, 0], [0, 4, 0])
+    with pytest.raises(Deadlock, match="no rank can go on\n  rank 0 waits for rank 1 in recv"):
+        recv(guard)
+
+
+def test_a_parcel_on_its_way_is_no_deadlock(guard: Guard) -> None:
+    waits(guard, 1, [2], [0, 0, 4], [0, 0, 0])
+    waits(guard, 2, [0], [0, 0, 0], [0, 3, 0])  # the fourth one from rank 1 may wake it
+    with pytest.raises(CommTimeout):
+        recv(guard)
+
+
+def test_a_parcel_that_came_too_late_for_the_others_state_is_no_deadlock(guard: Guard) -> None:
+    say(guard, 2, "data", 1, "for later", None)
+    waits(guard, 1, [2], [0, 0, 0], [0, 0, 0])
+    waits(guard, 2, [0], [0, 0, 0], [0, 0, 0])  # said before it sent that
+    with pytest.raises(CommTimeout):
+        recv(guard)
+
+
+def test_what_was_said_in_another_run_does_not_count(guard: Guard) -> None:
+    waits(guard, 1, [2], [0, 0, 0], [0, 0, 0], run=0)
+    waits(guard, 2, [0], [0, 0, 0], [0, 0, 0], run=2)
+    with pytest.raises(CommTimeout):
+        recv(guard)
+
+
+@pytest.mark.parametrize(("status", "how"), [("finished", "finished"), ("left", "left the world")])
+def test_a_rank_that_has_ended_is_not_waited_for(guard: Guard, status: str, how: str) -> None:
+    more = say(guard, 1, "state", status, 1, f"has {how}", [], [0, 0, 0], [0, 0, 0])
+    assert more == (status == "finished")
+    with pytest.raises(Deadlock, match=f"rank 0 waits for rank 1, which has {how}"):
+        recv(guard)
+
+
+def test_a_rank_that_does_not_answer_is_named(guard: Guard) -> None:
+    with pytest.raises(
+        CommTimeout, match=r"waited 0.3 s in recv\(src=1\); late: rank 1\n(.*\n)*  rank 1 does not answer"
+    ):
+        recv(guard)
+    kinds = [words[0] for _, words in guard._wire.sent]  # type: ignore[attr-defined]
+    assert kinds == ["state", "state", "failure"]  # told, asked, and given up; nothing after that
+
+
+def test_a_rank_that_answers_is_named_with_its_line(guard: Guard) -> None:
+    answer = ("state", "runs", 1, "runs at train.py, line 3", [], [], [])
+    guard._wire.answers = [lambda: None, lambda: say(guard, 1, *answer)]  # type: ignore[attr-defined]
+    with pytest.raises(CommTimeout, match=r"rank 1 runs at train\.py, line 3"):
+        recv(guard)
+
+
+def test_a_waiting_rank_is_told_where_this_one_is(guard: Guard) -> None:
+    waits(guard, 1, [0], [0, 0, 0], [0, 0, 0])
+    waits(guard, 2, [1], [0, 0, 0], [0, 0, 0])  # waits for another one
+    ((peers, words),) = guard._wire.sent  # type: ignore[attr-defined]
+    assert peers == (1,)
+    assert words[1] == "runs"
+    assert "test_guard.py, line" in words[3]
+
+
+def test_a_broken_connection_ends_the_wait(guard: Guard) -> None:
+    guard._lose(2, "Connection closed")
+    with pytest.raises(PeerFailure, match=r"rank 2's process is gone .* \(Connection closed\)") as raised:
+        recv(guard)
+    assert raised.value.rank == 2
+
+
+def test_the_connection_of_a_rank_that_left_may_break(guard: Guard) -> None:
+    say(guard, 2, "state", "left", 1, "has left the world", [], [], [])
+    guard._lose(2, "Connection closed")
+    with pytest.raises(CommTimeout):
+        recv(guard)
+
+
+def test_the_first_failure_counts_and_is_told_once(guard: Guard) -> None:
+    assert not say(guard, 1, "failure", 1, "ValueError", "boom")
+    guard.fail(KeyError("later"))
+    guard.fail(KeyError("and again"))
+    assert guard._wire.sent == [((1, 2), ["failure", 1, "ValueError", "boom"])]  # type: ignore[attr-defined]
+    with pytest.raises(PeerFailure, match=r"rank 0 stopped in recv\(src=1\): rank 1 failed with ValueError: boom"):
+        recv(guard)

@@ -1,0 +1,400 @@
+"""Ranks as processes: what `World.from_env()` gives under a launcher, and what faults lead to.
+
+A launch starts its processes once, and they go through many scenarios (tests/process_ranks.py), each in a new world.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import process_ranks
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore
+
+from mplab import MplabError, Rank, World
+from mplab.world import join
+
+HERE = Path(__file__).parent
+DEADLINE_S = 120.0
+
+TWO = ["same", "fabric", "conformance", "backward", "timeline", "between_runs", "late_but_in_time"]
+FAULTS = [name for name in process_ranks.FAULTS if name not in ("cycle_of_groups", "hanging", "killed")]
+FOUR = [
+    "same",
+    "fabric",
+    "conformance_of_groups",
+    "timeline",
+    "cycle_of_groups",
+    "cycle",
+    "early",
+    "raising",
+    "differ_large",
+    "late",
+]
+
+
+class Launch:
+    """Processes with a launcher's variables, and a store that outlives their worlds, like torchrun's.
+
+    Args:
+        num_ranks: how many.
+        folder: for what they write.
+        scenarios: of process_ranks.py, one after the other.
+    """
+
+    def __init__(self, num_ranks: int, folder: Path, *scenarios: str) -> None:
+        self.folder, self.num_ranks = folder, num_ranks
+        self._store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        environment = os.environ | {
+            "WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(HERE.parent),
+        }
+        command = [
+            sys.executable,
+            "-W",
+            "error::ResourceWarning",
+            str(HERE / "process_ranks.py"),
+            str(folder),
+            *scenarios,
+        ]
+        self.processes = []
+        for rank in range(num_ranks):
+            mine = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (folder / f"errors.{rank}").open("w") as errors:
+                self.processes.append(subprocess.Popen(command, env=mine, stderr=errors, stdout=errors))
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def wait(self, ranks: list[int] | None = None) -> list[int]:
+        """Exit codes, of all or some of them."""
+        end_s = time.monotonic() + DEADLINE_S
+        chosen = [self.processes[r] for r in (range(self.num_ranks) if ranks is None else ranks)]
+        return [process.wait(max(0.1, end_s - time.monotonic())) for process in chosen]
+
+    def wait_for(self, name: str) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while not (self.folder / name).exists():
+            assert time.monotonic() < end_s, self.errors()
+            time.sleep(0.01)
+
+    def said(self, scenario: str) -> list[Any]:
+        """What each rank saw of a scenario."""
+        files = [self.folder / f"{scenario}.{r}.json" for r in range(self.num_ranks)]
+        assert all(file.exists() for file in files), self.errors()
+        return [json.loads(file.read_text()) for file in files]
+
+    def errors(self, rank: int | None = None) -> str:
+        ranks = range(self.num_ranks) if rank is None else [rank]
+        return "".join((self.folder / f"errors.{r}").read_text() for r in ranks)[-3000:]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    with Launch(2, tmp_path_factory.mktemp("two"), *TWO, *FAULTS, "killed") as launch:
+        assert launch.wait() == [0, -signal.SIGKILL], launch.errors()
+        yield launch
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    with Launch(4, tmp_path_factory.mktemp("four"), *FOUR, "killed") as launch:
+        assert launch.wait() == [0, -signal.SIGKILL, 0, 0], launch.errors()
+        yield launch
+
+
+@pytest.fixture(params=["two", "four"])
+def launch(request: pytest.FixtureRequest) -> Launch:
+    found: Launch = request.getfixturevalue(request.param)
+    return found
+
+
+# --- the same as thread ranks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scenario", ["same", "fabric"])
+def test_results_and_ledgers_equal_those_of_thread_ranks(launch: Launch, scenario: str) -> None:
+    for got, want in zip(launch.said(scenario), World(launch.num_ranks).run(process_ranks.program), strict=True):
+        assert got[0] == want[0]
+        assert got[1] == json.loads(json.dumps(want[1]))
+        assert len(got[0]) > 100
+
+
+def test_the_conformance_suite_passes(two: Launch, four: Launch) -> None:
+    assert two.said("conformance") == [len(process_ranks.CHECKS)] * 2
+    assert four.said("conformance_of_groups") == [len(process_ranks.OF_GROUPS)] * 4
+
+
+def test_backward_runs_in_the_ranks_own_thread(two: Launch) -> None:
+    assert two.said("backward") == [[True, [2.0] * 3, 1]] * 2
+
+
+def test_every_process_has_the_timeline_of_all(launch: Launch) -> None:
+    said, n = launch.said("timeline"), launch.num_ranks
+    assert all(s["events"] == said[0]["events"] and s["forward"] == said[0]["forward"] for s in said)
+    lanes = [("compute", "forward", 0, 1), ("wait", "all_reduce", 0, None)]
+    for rank in range(n):
+        assert all(repr((rank, *lane)) in said[0]["events"] for lane in lanes)
+    assert len(said[0]["events"]) == 3 * n
+    # On one axis: all forwards overlap, since each began when the run before had ended everywhere.
+    assert max(start for start, _ in said[0]["forward"]) < min(end for _, end in said[0]["forward"]) + 0.05
+    assert said[1]["text"].startswith(f"World of {n} ranks: processes (gloo) on 1 host; this one is rank 1, on cpu")
+
+
+def test_messages_of_one_run_do_not_reach_the_next(two: Launch) -> None:
+    assert two.said("between_runs")[1] == (-process_ranks.X).tolist()
+
+
+def test_a_rank_may_end_long_after_the_others(two: Launch) -> None:
+    assert two.said("late_but_in_time") == [[None]] * 2
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_raising_rank_stops_the_others_within_a_second(launch: Launch) -> None:
+    for rank, said in enumerate(launch.said("raising")):
+        if rank == 1:
+            assert (said["kind"], said["text"]) == ("KeyError", "'no such layer'")
+            assert said["notes"] == [f"(rank 1 of {launch.num_ranks} in forward; all other ranks were told to stop)"]
+        else:
+            assert said["kind"] == "PeerFailure"
+            assert "rank 1 failed with KeyError: 'no such layer'" in said["text"]
+            assert "all_reduce(op='sum', shape=(6), float32)" in said["text"]
+        assert said["again"] in ("PeerFailure", "KeyError")  # the world has failed for good
+        assert said["took_s"] < 1
+
+
+@pytest.mark.parametrize("scenario", [name for name in FAULTS if name.startswith("differ")])
+def test_a_mismatch_names_every_call_and_changes_nothing(two: Launch, scenario: str) -> None:
+    lines = (HERE / "process_ranks.py").read_text().splitlines()
+    for said in two.said(scenario):
+        assert said["kind"] == "CollectiveMismatch", said
+        for rank in (0, 1):
+            (row,) = [line for line in said["text"].splitlines() if line.startswith(f"  rank {rank} called ")]
+            number = int(row.split("process_ranks.py, line ")[1].split(",")[0])
+            assert "r.comm" in lines[number - 1]
+        assert said["untouched"]
+        assert said["took_s"] < 1
+
+
+def test_a_mismatch_of_four_names_all_four(four: Launch) -> None:
+    for said in four.said("differ_large"):
+        assert said["kind"] == "CollectiveMismatch"
+        for rank, call in enumerate(["shape=(100000)", "shape=(2, 50000)", "barrier()", "barrier()"]):
+            assert [call in line for line in said["text"].splitlines() if f"rank {rank} called" in line] == [True]
+        assert said["untouched"]
+
+
+@pytest.mark.parametrize("scenario", ["early", "ring", "cycle", "cycle_of_groups", "unsent_on_the_way"])
+def test_a_deadlock_is_found_with_who_waits_where(two: Launch, four: Launch, scenario: str) -> None:
+    launch = four if scenario in FOUR else two
+    for rank, said in enumerate(launch.said(scenario)):
+        assert said["kind"] == "Deadlock", said
+        rows = said["text"].splitlines()[1:]
+        assert [row.split()[:2] for row in rows] == [["rank", str(r)] for r in range(launch.num_ranks)]
+        waiting = [row for row in rows if "waits for rank" in row]
+        assert len(waiting) >= (1 if scenario == "early" else launch.num_ranks)
+        assert all("of group [" in row and "process_ranks.py, line" in row for row in waiting)
+        is_computing = scenario == "early" and rank > 1
+        assert said["took_s"] < (4 if is_computing else 2)
+
+
+def test_a_late_rank_is_named_with_its_line(launch: Launch) -> None:
+    timeout_s = process_ranks.TIMEOUT_S
+    for rank, said in enumerate(launch.said("late")):
+        assert said["kind"] == "CommTimeout", said
+        assert f"waited {timeout_s:g} s in barrier(); late: rank 1" in said["text"]
+        (row,) = [row for row in said["text"].splitlines() if row.startswith("  rank 1 ")]
+        assert "rank 1 runs at process_ranks.py, line" in row
+        number = int(row.split("line ")[1].split(",")[0])
+        assert "the late line" in (HERE / "process_ranks.py").read_text().splitlines()[number - 1]
+        assert said["took_s"] < timeout_s + (1 if rank != 1 else 4)
+
+
+def test_an_interrupt_is_heard_within_a_second(two: Launch) -> None:
+    waiting, interrupted = two.said("interrupted")
+    assert interrupted["kind"] == "KeyboardInterrupt"
+    assert interrupted["took_s"] < 0.3 + 1
+    assert (waiting["kind"], "rank 1 failed with KeyboardInterrupt" in waiting["text"]) == ("PeerFailure", True)
+
+
+def test_a_killed_process_is_missed(launch: Launch) -> None:
+    for rank in [r for r in range(launch.num_ranks) if r != 1]:
+        said = json.loads((launch.folder / f"killed.{rank}.json").read_text())
+        assert said["kind"] == "PeerFailure"
+        assert "rank 1's process is gone" in said["text"]
+        assert said["took_s"] < 1
+
+
+# --- how processes end -----------------------------------------------------------------------------------------------
+
+
+def test_a_failure_ends_all_processes_with_a_traceback(tmp_path: Path) -> None:
+    with Launch(3, tmp_path, "exit_raising") as launch:
+        assert launch.wait() == [1, 1, 1], launch.errors()
+        assert "KeyError: 'no such layer'" in launch.errors(1)
+        assert "PeerFailure: rank 0 stopped" in launch.errors(0)
+
+
+def test_those_who_wait_for_a_rank_that_hangs_end(tmp_path: Path) -> None:
+    with Launch(3, tmp_path, "exit_hanging") as launch:
+        assert launch.wait([0, 2]) == [1, 1], launch.errors()
+        assert launch.processes[1].poll() is None
+        assert "late: rank 1" in launch.errors(0)
+
+
+def test_an_interrupted_process_ends(tmp_path: Path) -> None:
+    with Launch(2, tmp_path, "exit_hanging") as launch:
+        launch.wait_for("hanging.0.pid")
+        time.sleep(0.5)
+        launch.processes[0].send_signal(signal.SIGINT)
+        sent_s = time.monotonic()
+        assert launch.wait([0]) == [-signal.SIGINT], launch.errors()
+        assert time.monotonic() - sent_s < 5  # Python's own end, too
+        assert "KeyboardInterrupt" in launch.errors(0)
+
+
+SCRIPT = """
+import sys
+import torch
+from mplab import World
+
+def work(rank):
+    total = rank.comm.all_reduce(torch.tensor([rank.index + 1.0]))
+    if len(sys.argv) > 1 and rank.index == 1:
+        raise ValueError("on purpose")
+    if rank.index == 0:
+        print(f"the sum is {total.item():g}")
+    rank.comm.barrier()
+    return rank.index
+
+results = World.from_env().run(work)
+assert len(results) == 1
+"""
+
+
+def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+
+
+def test_a_script_under_torchrun(tmp_path: Path) -> None:
+    done = torchrun(tmp_path)
+    assert (done.returncode, done.stdout) == (0, "the sum is 3\n"), done.stderr
+
+
+def test_a_script_that_fails_under_torchrun(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "fail")
+    assert done.returncode != 0
+    assert "ValueError: on purpose" in done.stderr
+
+
+# --- joining, in this process ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A launch of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(join, "JOIN_TIMEOUT_S", 1.0)
+    return monkeypatch
+
+
+def test_without_a_launcher_the_error_names_what_is_missing(variables: pytest.MonkeyPatch) -> None:
+    variables.delenv("RANK")
+    variables.delenv("MASTER_PORT")
+    with pytest.raises(MplabError, match="would have set RANK, MASTER_PORT: start the script with `torchrun"):
+        World.from_env()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE='two' is no whole number"),
+        ("RANK", "3", "RANK=3 with WORLD_SIZE=1: ranks go from 0 to 0"),
+        ("RANK", "-1", "RANK=-1"),
+    ],
+)
+def test_variables_that_make_no_sense(variables: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+    variables.setenv(name, value)
+    with pytest.raises(MplabError, match=message):
+        World.from_env()
+
+
+def test_a_time_out_is_a_positive_number(variables: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MplabError, match="timeout_s=0"):
+        World.from_env(timeout_s=0)
+
+
+def test_ranks_that_never_join_are_named(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("WORLD_SIZE", "3")
+    with pytest.raises(MplabError, match=r"2 of 3 ranks did not join at 127.0.0.1:\d+ within 1 s: rank 1, 2"):
+        World.from_env(timeout_s=0.5)
+
+
+def test_a_port_in_use_is_named(variables: pytest.MonkeyPatch) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        variables.setenv("MASTER_PORT", str(port))
+        with pytest.raises(MplabError, match=f"rank 0 could not open 127.0.0.1:{port}"):
+            World.from_env(timeout_s=0.5)
+
+
+def test_more_processes_than_gpus_are_refused(variables: pytest.MonkeyPatch) -> None:
+    variables.setattr(torch.cuda, "is_available", lambda: True)
+    variables.setattr(torch.cuda, "device_count", lambda: 1)
+    variables.setenv("LOCAL_RANK", "1")
+    with pytest.raises(MplabError, match="LOCAL_RANK=1, but this host has 1 GPU: start at most one process for each"):
+        World.from_env()
+
+
+def test_a_world_of_one_process_and_another_one_after_it(variables: pytest.MonkeyPatch) -> None:
+    def work(rank: Rank, factor: int) -> float:
+        return factor * rank.comm.all_reduce(torch.ones(3)).sum().item()
+
+    for _ in range(2):
+        with World.from_env() as world:
+            assert world.run(work, 2) == [6.0]
+            assert world.run(lambda rank: rank.generator.initial_seed()) == [0]
+            assert world.ledgers == [world.rank.comm.ledger]
+            assert world.size == 1
+            assert world.notes == ()
+            with pytest.raises(MplabError, match="initialised in this process already"):
+                World.from_env()
+        assert not dist.is_initialized()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("mplab")]
+        with pytest.raises(MplabError, match="this world is closed"):
+            world.run(work, 2)
