@@ -34,7 +34,7 @@ def program(rank: Rank) -> list[Any]:
     n, me, comm = rank.size, rank.index, rank.comm
     results: list[Any] = []
     for dtype in (torch.float32, torch.bfloat16, torch.int16, torch.bool, torch.complex128):
-        for length in (0, 7, 40_001):
+        for length in (0, 7, 150_001):  # the last one in chunks, except for bool
             x = torch.randn(length, generator=torch.Generator().manual_seed(me), dtype=torch.float64).to(dtype)
             for op in OPS:
                 if (op == "mean" and not (dtype.is_floating_point or dtype.is_complex)) or (
@@ -119,7 +119,7 @@ def timeline(world: ProcessWorld) -> Any:
 
 
 def backward(world: ProcessWorld) -> Any:
-    """Collectives inside of backward run in the rank's own thread."""
+    """Collectives inside of backward."""
 
     def work(rank: Rank) -> list[Any]:
         class Reduced(torch.autograd.Function):
@@ -129,13 +129,11 @@ def backward(world: ProcessWorld) -> Any:
 
             @staticmethod
             def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-                threads.append(threading.get_ident())
                 return rank.comm.all_reduce(grad)
 
-        threads: list[int] = []
         x = torch.ones(3, requires_grad=True)
         Reduced.apply(x).sum().backward()
-        return [threads == [threading.get_ident()], x.grad.tolist(), torch.get_num_threads()]
+        return [x.grad.tolist(), torch.get_num_threads()]
 
     return world.run(work)[0]
 

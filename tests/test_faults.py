@@ -613,6 +613,7 @@ def test_the_table_says_who_waits_where_for_whom() -> None:
 
     with pytest.raises(Deadlock) as caught:
         world(4).run(run)
+    assert "run" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)], "a rank's traceback"
     first, *table = str(caught.value).splitlines()
     assert "waits for rank 2, which has finished" in first or "no rank can go on" in first
     line = run.__code__.co_firstlineno

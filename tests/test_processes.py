@@ -146,8 +146,8 @@ def test_the_conformance_suite_passes(two: Launch, four: Launch) -> None:
     assert four.said("conformance_of_groups") == [len(process_ranks.OF_GROUPS)] * 4
 
 
-def test_backward_runs_in_the_ranks_own_thread(two: Launch) -> None:
-    assert two.said("backward") == [[True, [2.0] * 3, 1]] * 2
+def test_collectives_inside_of_backward_on_one_thread_a_rank(two: Launch) -> None:
+    assert two.said("backward") == [[[2.0] * 3, 1]] * 2
 
 
 def test_every_process_has_the_timeline_of_all(launch: Launch) -> None:

@@ -287,6 +287,14 @@ def test_a_notebook_shows_it_as_a_widget(explorer: CollectiveExplorer) -> None:
     assert "application/vnd.jupyter.widget-view+json" in bundle
 
 
+def test_a_page_that_asks_late_gets_the_whole_figure(explorer: CollectiveExplorer) -> None:
+    """Voila takes the state of a widget after its cell has run: markers that were added to it were missing there."""
+    state = explorer.figure.get_state()
+    assert [trace["name"] for trace in state["_widget_data"]] == [trace.name for trace in explorer.figure.data]
+    assert list(state["_widget_data"][-2]["x"]) == [4096]
+    assert "over 4 ranks" in state["_widget_layout"]["title"]["text"]
+
+
 @pytest.mark.parametrize("options", [{"num_ranks": 9}, {"num_ranks": 1}, {"algorithm": "rign"}])
 def test_a_wrong_start_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(MplabError):

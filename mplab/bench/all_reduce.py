@@ -26,7 +26,7 @@ from mplab.world.world import World
 
 SIZES_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 26)
 NUM_RANKS = (2, 4)
-NUM_ROUNDS = 11
+NUM_ROUNDS = 9
 COPY_FROM_BYTES = 1 << 20  # what is smaller lies in a core's own cache: its copy says nothing about memory
 
 

@@ -32,25 +32,20 @@ def results_of_all(
             x if x.numel() == 0 or d == x.device else memory.handover(x, d)
             for x, d in zip(results, devices, strict=True)
         ]
-    flats = [memory.local(_given(item)).view(-1) for item in items]
+    tensors = [memory.local(_given(item)) for item in items]
     if call.name == "all_reduce":
-        total = torch.empty_like(flats[0])
-        reduce_in_order(call.op or "", flats, total)
-        total = total.view(_given(items[0]).shape)
-        return [
-            total if i == 0 and device == total.device else memory.handover(total, device)
-            for i, device in enumerate(devices)
-        ]
+        total = torch.empty_like(tensors[0])
+        reduce_in_order(call.op or "", tensors, total)
+        rest = [memory.handover(total, device) for device in devices[1:]]
+        return [total if total.device == devices[0] else memory.handover(total, devices[0]), *rest]
     targets = [_target(item) for item in items]
-    total = (
-        targets[0].view(-1)
-        if targets[0].is_contiguous() and targets[0].device == flats[0].device
-        else torch.empty_like(flats[0])
-    )
-    reduce_in_order(call.op or "", flats, total)
+    total = targets[0]
+    if not total.is_contiguous() or total.device != tensors[0].device:
+        total = torch.empty_like(tensors[0])
+    reduce_in_order(call.op or "", tensors, total)
     for target in targets:
-        if target.data_ptr() != total.data_ptr():
-            target.copy_(total.view(target.shape))
+        if target is not total:
+            target.copy_(total)
     return targets
 
 

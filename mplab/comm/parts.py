@@ -10,13 +10,16 @@ from torch import Tensor
 from mplab.comm.communicator import Call
 from mplab.comm.reduction import reduce_in_order
 
-# Up to this size an all-reduce sends whole tensors at once; above it chunks, to be reduced, and then the results.
-SMALL_BYTES = 1 << 16
+# Up to this size another round takes longer than whole tensors in place of chunks.
+SMALL_BYTES = 1 << 18
 
 
-def in_chunks(call: Call, x: Tensor) -> bool:
-    """True for an all-reduce of a large tensor, which takes two rounds."""
-    return call.name.startswith("all_reduce") and x.numel() * x.element_size() > SMALL_BYTES
+def in_chunks(call: Call, x: Tensor, num_ranks: int) -> bool:
+    """True for an all-reduce that takes two rounds: each rank reduces one chunk, and gives it to all others.
+
+    Between two ranks whole tensors are no more bytes than two rounds of halves.
+    """
+    return call.name.startswith("all_reduce") and num_ranks > 2 and x.numel() * x.element_size() > SMALL_BYTES
 
 
 def given(call: Call, x: Tensor | None, rank: int, num_ranks: int) -> list[Tensor | None]:
@@ -30,7 +33,7 @@ def given(call: Call, x: Tensor | None, rank: int, num_ranks: int) -> list[Tenso
             assert call.dim is not None
             return list(x.tensor_split(num_ranks, call.dim))
         case _:
-            return list(x.reshape(-1).tensor_split(num_ranks)) if in_chunks(call, x) else [x] * num_ranks
+            return list(x.reshape(-1).tensor_split(num_ranks)) if in_chunks(call, x, num_ranks) else [x] * num_ranks
 
 
 def made(call: Call, parts: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:

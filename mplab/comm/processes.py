@@ -136,7 +136,7 @@ class ProcessCommunicator(Communicator):
         in_place = call.name == "all_reduce_"
         can_write = in_place and x.is_contiguous() and not x.is_conj() and not x.is_neg()
         out = x if can_write else torch.empty_like(x, memory_format=torch.contiguous_format)
-        if not parts.in_chunks(call, x):
+        if not parts.in_chunks(call, x, self.size):
             parts.made(call, received, out)
         else:
             chunks = list(out.view(-1).tensor_split(self.size))

@@ -33,15 +33,15 @@ def check_op(op: str, dtype: torch.dtype) -> None:
 
 
 def reduce_in_order(op: str, xs: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    """Reduce 1-D tensors of equal length into `out`, from the first to the last.
+    """Reduce tensors of one shape into `out`, from the first to the last.
 
     Args:
         op: one of `OPS`.
-        xs: n tensors of shape (L,); only `out` is written to.
-        out: shape (L,); may be one of `xs`.
+        xs: n contiguous tensors of any one shape; only `out` is written to.
+        out: contiguous, of the same shape; may be one of `xs`.
     """
     combine, num_tensors = OPS[op], len(xs)
-    if num_tensors == 2:  # the common case, and small: nothing to arrange
+    if num_tensors == 2:  # the common case, and often small: nothing to arrange
         combine(xs[0], xs[1], out=out)
         if op == "mean":
             out.div_(2)
@@ -50,11 +50,13 @@ def reduce_in_order(op: str, xs: Sequence[torch.Tensor], out: torch.Tensor) -> N
         if out.data_ptr() != xs[0].data_ptr():
             out.copy_(xs[0])
         return
-    size = max(1, BLOCK_BYTES // out.element_size()) if out.device.type == "cpu" else max(1, out.numel())
-    # When `out` is the third tensor or a later one it is read after the first partial sum: that sum needs a place of
-    # its own.
+    pieces = [(*xs, out)]
+    if out.device.type == "cpu" and out.numel() * out.element_size() > BLOCK_BYTES:
+        size = BLOCK_BYTES // out.element_size()
+        pieces = list(zip(*(x.view(-1).split(size) for x in (*xs, out)), strict=True))
+    # When `out` is the third tensor or a later one it is read after the first partial sum, which needs its own place.
     is_read_late = out.numel() > 0 and any(out.data_ptr() == x.data_ptr() for x in xs[2:])
-    for *parts, target in zip(*(x.split(size) for x in xs), out.split(size), strict=True):
+    for *parts, target in pieces:
         partial = torch.empty_like(target) if is_read_late else target
         combine(parts[0], parts[1], out=partial)
         for part in parts[2:]:

@@ -21,7 +21,7 @@ from mplab.comm.communicator import Call, Communicator, Handle
 from mplab.comm.hub import Hub, Meeting
 from mplab.comm.ledger import Ledger, Message
 from mplab.comm.link import sleep_until
-from mplab.comm.memory import CudaMemory, HostMemory
+from mplab.comm.memory import CudaMemory, HostMemory, new_like
 from mplab.errors import CollectiveMismatch
 from mplab.plan.cost import Link
 from mplab.plan.traffic import Traffic, direct_traffic
@@ -212,7 +212,7 @@ class ThreadCommunicator(Communicator):
             if call.name == "all_reduce_":
                 target = x
             elif call.name == "all_reduce" and _num_bytes(x) > SMALL_BYTES:
-                target = torch.empty_like(shared)
+                target = new_like(shared)
         meeting, is_last = self._come(self._num_calls, call, (shared, target))
         if is_last:
             if all(item[0] is None or _num_bytes(item[0]) <= SMALL_BYTES for item in meeting.items):

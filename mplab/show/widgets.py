@@ -79,7 +79,7 @@ class CollectiveExplorer:
         self.words = widgets.HTML(layout={"min_height": "4.5em"})
         self.result = widgets.HTML(layout={"min_height": "4.8em"})
         self._measured: list[tuple[str, int, float]] = []
-        self.figure = go.FigureWidget(all_reduce_times(self.link, num_ranks, title=" ", plot_px=300))
+        self.figure = all_reduce_times(self.link, num_ranks, title=" ", plot_px=300)
         self.figure.update_layout(autosize=True, uirevision="keep")
         self.figure.add_scatter(
             mode="markers",
@@ -91,6 +91,10 @@ class CollectiveExplorer:
             name="measured",
             marker={"size": 11, "color": "white", "line": {"width": 2.5, "color": "black"}},
         )
+        # A widget made of the finished figure: where a page asks for it late, as Voila does, what is drawn on it before
+        # would be missing.
+        self._redraw()
+        self.figure = go.FigureWidget(self.figure)
         for control in (self.num_ranks, self.latency_s, self.bandwidth_bytes_s):
             control.observe(self._forget_measured, names="value")
         for control in (self.num_ranks, self.size_bytes, self.latency_s, self.bandwidth_bytes_s, self.algorithm):
@@ -104,7 +108,6 @@ class CollectiveExplorer:
             [self.algorithm, self.button], layout={"align_items": "flex-end", "flex_flow": "row wrap"}
         )
         self.box = widgets.VBox([sliders, choice, self.words, self.result, self.figure])
-        self._redraw()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.box._repr_mimebundle_(**kwargs)
