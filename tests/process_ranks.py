@@ -155,6 +155,7 @@ X = torch.arange(6.0)
 
 
 def raising(rank: Rank) -> None:
+    rank.comm.barrier()
     if rank.index == 1:
         with rank.span("forward"):
             raise KeyError("no such layer")
@@ -225,6 +226,7 @@ def hanging(rank: Rank) -> None:
 
 
 def killed(rank: Rank) -> None:
+    rank.comm.barrier()
     if rank.index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     rank.comm.barrier()

@@ -92,9 +92,9 @@ class ProcessWorld:
         """
         if not self._is_open:
             raise MplabError("this world is closed: call World.from_env() again")
-        self._guard.start()
         self.rank = rank = self._new_rank()
         try:
+            self._guard.start()
             # Backward runs in the rank's own thread, so that collectives inside it keep their order.
             with torch.autograd.set_multithreading_enabled(False), on_device(rank.device, 0):
                 rank.trace.start(zero_marks((rank.device,))[rank.device])
