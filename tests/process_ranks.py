@@ -166,7 +166,7 @@ def interrupted(rank: Rank) -> None:
     if rank.index == 1:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     if rank.index == 0:
-        time.sleep(4)  # nobody else can go on
+        time.sleep(1.5)  # nobody else can go on
     rank.comm.barrier()
 
 
@@ -175,7 +175,7 @@ def early(rank: Rank) -> None:
     if rank.index == 1:
         rank.comm.recv(0)
     elif rank.index > 1:
-        time.sleep(3)
+        time.sleep(1.5)
 
 
 def ring(rank: Rank) -> None:
@@ -207,7 +207,7 @@ def unsent_on_the_way(rank: Rank) -> None:
 
 def late(rank: Rank) -> None:
     if rank.index == 1:
-        time.sleep(TIMEOUT_S + 3)  # the late line
+        time.sleep(TIMEOUT_S + 1.5)  # the late line
     rank.comm.barrier()
 
 

@@ -234,6 +234,27 @@ def test_a_failure_while_ranks_are_started_was_lost(error: BaseException, monkey
     assert not ranks_alive()
 
 
+def test_a_rank_that_started_after_ctrl_c_ran_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C may come while the caller waits for a thread to start: nobody knows it yet, and nobody stops it."""
+    start, ran = threading.Thread.start, []
+    late: list[threading.Thread] = []
+
+    def start_one_late(self: threading.Thread) -> None:
+        if self.name == "mplab-rank2":
+            late.extend([threading.Timer(0.05, start, (self,)), self])
+            start(late[0])
+            raise KeyboardInterrupt
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_one_late)
+        with pytest.raises(KeyboardInterrupt):
+            World(4, device="cpu").run(lambda rank: ran.append(rank.index))
+    for thread in late:
+        thread.join()
+    assert 2 not in ran
+
+
 # --- what a run left changed -----------------------------------------------------------------------------------------
 
 

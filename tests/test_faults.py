@@ -613,7 +613,8 @@ def test_the_table_says_who_waits_where_for_whom() -> None:
 
     with pytest.raises(Deadlock) as caught:
         world(4).run(run)
-    assert "run" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)], "a rank's traceback"
+    frames = [(frame.filename, frame.name) for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert (__file__, "run") in frames, "the traceback of a rank"
     first, *table = str(caught.value).splitlines()
     assert "waits for rank 2, which has finished" in first or "no rank can go on" in first
     line = run.__code__.co_firstlineno
@@ -791,6 +792,18 @@ def test_ctrl_c_in_a_long_c_call_does_not_keep_the_caller() -> None:
     assert ranks_alive(), "the caller has waited for them"
     assert [note[:19] for note in caught.value.__notes__] == ["rank 0 did not stop", "rank 1 did not stop"]
     assert int(world(2).run(lambda rank: rank.comm.all_reduce(torch.tensor(1)))[0]) == 2, "the next run works"
+    while ranks_alive():
+        time.sleep(0.01)
+
+
+def test_ctrl_c_twice() -> None:
+    """The second one ends the wait for ranks that do not stop, and nothing else."""
+    num_threads, stdout = torch.get_num_threads(), sys.stdout
+    with pytest.raises(KeyboardInterrupt), interrupt_after(0.05), interrupt_after(0.25):
+        world(2).run(lambda rank: time.sleep(1.5))
+    assert torch.get_num_threads() == num_threads
+    assert sys.stdout is stdout
+    assert ranks_alive()
     while ranks_alive():
         time.sleep(0.01)
 

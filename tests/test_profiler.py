@@ -197,7 +197,7 @@ def test_no_run_in_the_body_is_an_error_that_says_so(tmp_path: Path) -> None:
 
 
 def test_a_running_profiler_is_left_alone(tmp_path: Path) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as other:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as other:
         torch.ones(3).sum()
         with pytest.raises(MplabError, match="runs already"), RankProfiler(tmp_path, 1, [CPU]):
             pytest.fail("the body must not run")
@@ -208,7 +208,7 @@ def test_a_profiler_started_in_the_body_is_an_error_and_no_crash(tmp_path: Path)
     """torch 2.13 ends the first profiler without a word and dies with a segmentation fault in its export."""
 
     def body(recorder: Recorder) -> None:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
             step(recorder)
 
     with pytest.raises(MplabError, match="another torch profiler"), RankProfiler(tmp_path, 1, [CPU]) as profiler:
@@ -218,7 +218,7 @@ def test_a_profiler_started_in_the_body_is_an_error_and_no_crash(tmp_path: Path)
 
 
 def test_a_profiler_left_running_in_the_body_is_an_error_too(tmp_path: Path) -> None:
-    other = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    other = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True)
 
     def run() -> None:
         with RankProfiler(tmp_path, 1, [CPU]) as profiler:

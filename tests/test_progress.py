@@ -26,11 +26,15 @@ def test_a_bar_only_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> Non
         (io.StringIO(), notebook_shell, "", True),
         (io.StringIO(), notebook_shell, "1", False),
     ):
+        stdout = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr(sys, "stderr", stderr)
         monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
         monkeypatch.setenv("MPLAB_ORDERED_OUTPUT", is_ordered)
         assert list(progress("abc", 3, "letters")) == ["a", "b", "c"]
-        assert ("letters" in stderr.getvalue()) == is_shown
+        shown, other = (stdout, stderr) if shell is notebook_shell else (stderr, stdout)
+        assert ("letters" in shown.getvalue()) == is_shown
+        assert "letters" not in other.getvalue()
 
 
 def test_without_tqdm_it_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:

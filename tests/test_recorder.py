@@ -60,7 +60,7 @@ def test_spans_are_ranges_of_torchs_profiler_while_it_runs(profiling: bool) -> N
     recorder = Recorder(0, CPU)
     recorder.start(recorder.now())
     recorder.profiling = profiling
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         torch.ones(2).sum()
         with recorder.span("forward", microbatch=1), recorder.span("layer"):
             torch.ones(2).sum()

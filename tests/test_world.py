@@ -236,6 +236,12 @@ def test_autocast_is_the_callers() -> None:
     assert world.run(run) == [(False, torch.float32)] * 2
 
 
+def test_backward_runs_in_its_ranks_thread() -> None:
+    """On a CPU it does anyway; the ranks of one GPU would queue for one thread of autograd's."""
+    assert World(2, device="cpu").run(lambda rank: torch._C._is_multithreading_enabled()) == [False, False]
+    assert torch._C._is_multithreading_enabled()
+
+
 def test_what_a_rank_sets_is_its_own() -> None:
     def run(rank: Rank) -> bool:
         if rank.index == 0:

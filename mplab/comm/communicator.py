@@ -343,6 +343,8 @@ class Communicator(abc.ABC):
     def _reduction_call(self, name: str, x: Tensor, op: str) -> Call:
         self._check_tensor(x, name)
         check_op(op, x.dtype)
+        if name.endswith("_") and any(step == 0 and n > 1 for n, step in zip(x.shape, x.stride(), strict=True)):
+            raise MplabError(f"{name} into an expanded tensor, whose elements share memory: give it x.clone()")
         return Call(name, op, None, None, tuple(x.shape), x.dtype)
 
     def _reduce_scatter_call(self, x: Tensor, op: str, dim: int) -> Call:

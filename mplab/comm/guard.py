@@ -239,12 +239,11 @@ class Guard:
 
     def _watch(self, missing: list[int], start_s: float, doing: object, group: Sequence[int]) -> None:
         """Look once for a reason why this wait will not end. The lock is held."""
-        is_finished = self._told.status == "finished"
-        me, waited_s = self.rank, time.monotonic() - start_s
+        waited_s = time.monotonic() - start_s
         if self._lost and waited_s > LISTEN_S:  # by then those who know better have said so
             rank, reason = next(iter(self._lost.items()))
             self._raise(PeerFailure(f"rank {rank}'s process is gone or cannot be reached any more ({reason})", rank))
-        if is_finished:
+        if self._told.status == "finished":
             self._tell(self._told._replace(sent=tuple(self._sent), received=tuple(self._received)))
             return
         text = f"waits for rank {', '.join(map(str, missing))} in {doing} of group {list(group)} at {self._line()}"
@@ -252,7 +251,7 @@ class Guard:
         gone = [r for r in missing if self._status(r) in ("finished", "left")]
         if gone:
             how = "finished" if self._status(gone[0]) == "finished" else "left the world"
-            self._raise(Deadlock(f"rank {me} waits for rank {gone[0]}, which has {how}\n{self._table(state)}"))
+            self._raise(Deadlock(f"rank {self.rank} waits for rank {gone[0]}, which has {how}\n{self._table(state)}"))
         if waited_s > TELL_AFTER_S:
             self._tell(state)
             if self._is_stuck(state):
@@ -269,7 +268,7 @@ class Guard:
             self._changed.wait(LOOK_EVERY_S)
         self.check_running(doing)
         for r in silent:
-            silence = "does not answer: its process is stopped or busy, or the network between is down"
+            silence = "does not answer: its process is stopped or busy, or the network between is slow or down"
             self._states[r] = State("runs", self.run, silence)
         late = running or [r for r in self.peers if self._status(r) == "runs"] or state.missing
         names = ", ".join(f"rank {r}" for r in late)
@@ -284,15 +283,8 @@ class Guard:
         """True if all ranks wait or have finished, and every parcel that was sent has been received."""
         if any(self._status(r) == "runs" for r in self.peers):
             return False
-        states = [mine if r == self.rank else self._states[r] for r in range(self.size)]
-        here = [s for s in states if s.status != "left"]
-        assert all(len(s.sent) == self.size for s in here)
-        return all(
-            a.sent[q] == b.received[p]
-            for p, a in enumerate(states)
-            for q, b in enumerate(states)
-            if p != q and a.status != "left" and b.status != "left"
-        )
+        states = {r: self._states[r] for r in self.peers if self._status(r) != "left"} | {self.rank: mine}
+        return all(a.sent[q] == b.received[p] for p, a in states.items() for q, b in states.items() if p != q)
 
     def _table(self, mine: State) -> str:
         """One line a rank: where it is, as far as this one knows."""

@@ -42,6 +42,9 @@ class _Registration(NamedTuple):
     recorder: Recorder | None
 
 
+_ENDED = "another torch profiler was started while ranks were profiled, which ended this one: use one."
+
+
 class RankProfiler:
     """`with RankProfiler(logdir, num_ranks, devices) as p:` profiles the ranks that register in the body.
 
@@ -88,7 +91,12 @@ class RankProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._on_cuda:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profiler = torch.profiler.profile(activities=activities, record_shapes=True, experimental_config=config)
+        self._profiler = torch.profiler.profile(
+            activities=activities,
+            record_shapes=True,
+            acc_events=True,  # there is one cycle only; without it torch 2.11 warns that a second would lose the first
+            experimental_config=config,
+        )
         self._profiler.__enter__()
         self._entered_ns = time.time_ns()
         return self
@@ -97,7 +105,10 @@ class RankProfiler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._profiler.__exit__(None, None, None)
+            try:
+                self._profiler.__exit__(None, None, None)
+            except RuntimeError:  # torch 2.11 says so here, later ones say nothing and lose the trace
+                raise MplabError(_ENDED) from None
             self._write()
         except Exception as own:
             if error is None:
@@ -116,9 +127,7 @@ class RankProfiler:
     def _write(self) -> None:
         began_ns = private.trace_start_ns(self._profiler)
         if began_ns is not None and not 0 < began_ns <= self._entered_ns:
-            raise MplabError(
-                "another torch profiler was started while ranks were profiled, which ended this one: use one."
-            )
+            raise MplabError(_ENDED)
         if not self._registered:
             raise MplabError("no rank ran while the profiler did: call world.run inside `with world.profile(...)`.")
         with tempfile.TemporaryDirectory() as folder:

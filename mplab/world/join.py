@@ -7,9 +7,11 @@ import os
 import socket
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,9 +31,17 @@ _num_joined = 0  # worlds that this process has joined: each has its own names i
 
 
 class Member(NamedTuple):
-    """What each process tells the others when it joins: its host, its device, and why it can have none."""
+    """What each process tells the others when it joins.
+
+    Args:
+        host: its host's name.
+        place: tells hosts of the same name apart, and network namespaces of one host.
+        device: where it computes.
+        trouble: why it cannot; empty if it can.
+    """
 
     host: str
+    place: str
     device: str
     trouble: str
 
@@ -83,7 +93,7 @@ def _connect(rank: int, size: int, local_rank: int, port: int, timeout_s: float)
     if len({member.device.split(":")[0] for member in members}) > 1:
         said = ", ".join(f"rank {r} {m.device} on {m.host}" for r, m in enumerate(members))
         raise MplabError(f"not all ranks have a GPU ({said}): set CUDA_VISIBLE_DEVICES= to run all on CPUs")
-    with _loopback(len({m.host for m in members}) == 1):
+    with _loopback(len({m.place for m in members}) == 1):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if me.device.startswith("cuda") else "gloo",
             store=PrefixStore("torch", server),
@@ -123,17 +133,26 @@ def _gather(rank: int, size: int, local_rank: int, store: Any, timeout_s: float)
 
 
 def _member(local_rank: int) -> Member:
-    host = socket.gethostname()
+    host, place = socket.gethostname(), _place()
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus == 0:
-        return Member(host, "cpu", "")
+        return Member(host, place, "cpu", "")
     if local_rank < num_gpus:
-        return Member(host, f"cuda:{local_rank}", "")
+        return Member(host, place, f"cuda:{local_rank}", "")
     trouble = (
         f"LOCAL_RANK={local_rank}, but this host has {num_gpus} GPU{'s' * (num_gpus > 1)}: start at most one process "
         "for each GPU, or set CUDA_VISIBLE_DEVICES= to run all on CPUs"
     )
-    return Member(host, "", trouble)
+    return Member(host, place, "", trouble)
+
+
+def _place() -> str:
+    """Equal in two processes if they share a clock and a loopback device; names of hosts may repeat."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return hex(uuid.getnode())
 
 
 @contextmanager

@@ -44,8 +44,8 @@ class ProcessWorld:
         self.size, self.timeout_s = len(members), timeout_s
         self.devices = tuple(torch.device(m.device) for m in members)
         self.backend = "nccl" if self.devices[rank].type == "cuda" else "gloo"
-        self._hosts = [m.host for m in members]
-        self._num_local = self._hosts.count(self._hosts[rank])
+        places = [member.place for member in members]
+        self._num_local, self._num_hosts = places.count(places[rank]), len(set(places))
         if self._num_local > 1:
             torch.set_num_threads(1)
         self._guard = Guard(rank, self.size, timeout_s)
@@ -133,7 +133,7 @@ class ProcessWorld:
     def notes(self) -> tuple[str, ...]:
         """What every figure of this world must say about its times."""
         notes = [f"{sharing}: times are not speed-ups"] if (sharing := self._sharing) else []
-        if len(set(self._hosts)) > 1:
+        if self._num_hosts > 1:
             notes.append("several hosts: each rank's times count from its own start")
         return tuple(notes)
 
@@ -155,7 +155,7 @@ class ProcessWorld:
         first_ns = min(zero_ns for zero_ns, _ in said)
         events = []
         for rank, (zero_ns, rows) in enumerate(said):
-            later_s = (zero_ns - first_ns) * 1e-9 if len(set(self._hosts)) == 1 else 0.0
+            later_s = (zero_ns - first_ns) * 1e-9 if self._num_hosts == 1 else 0.0
             for lane, name, start_s, end_s, *rest in rows:
                 events.append(Event(rank, lane, name, start_s + later_s, end_s + later_s, *rest))
         return Timeline(events, self.size, notes=self.notes)
@@ -166,8 +166,8 @@ class ProcessWorld:
         return [self.rank.comm.ledger]
 
     def __str__(self) -> str:
-        num_hosts = len(set(self._hosts))
-        where = f"{num_hosts} host{'s' * (num_hosts > 1)}; this one is rank {self.rank.index}, on {self.rank.device}"
+        hosts = f"{self._num_hosts} host{'s' * (self._num_hosts > 1)}"
+        where = f"{hosts}; this one is rank {self.rank.index}, on {self.rank.device}"
         lines = [f"World of {self.size} rank{'s' * (self.size > 1)}: processes ({self.backend}) on {where}"]
         if self._sharing:
             lines.append(f"  {self._sharing}")

@@ -1,4 +1,4 @@
-"""A progress bar on stderr, where tqdm is installed and somebody looks."""
+"""A progress bar, where tqdm is installed and somebody looks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def progress(items: Iterable[T], num_items: int, name: str, unit: str = "it") ->
     except ImportError:
         yield from items
         return
-    yield from tqdm(items, total=num_items, desc=name, unit=unit, leave=False)
+    # A notebook paints whatever comes on stderr red, and leaves a red line where a bar has been.
+    stream = sys.stdout if is_notebook() else sys.stderr
+    yield from tqdm(items, total=num_items, desc=name, unit=unit, leave=False, file=stream)
 
 
 def is_notebook() -> bool:

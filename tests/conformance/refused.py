@@ -47,6 +47,8 @@ def check_bad_arguments(rank: Rank) -> None:
     raises(lambda: comm.scatter(None, me), "NoneType", "torch.Tensor")
     raises(lambda: comm.all_reduce(torch.ones(2, device="meta")), "meta", str(rank.device))
     raises(lambda: comm.all_reduce(torch.ones(2, device=rank.device).to_sparse()), "dense")
+    raises(lambda: comm.all_reduce_(x[:1].expand(3)), "expanded", "clone()")
+    raises(lambda: comm.iall_reduce_(x.view(3, 1).expand(3, 100_000)), "expanded", "clone()")
     raises(lambda: comm.group([]), "not in it")
     raises(lambda: comm.group([me, me]), "once")
     raises(lambda: comm.group([me, n]), f"0 to {n - 1}")
