@@ -75,7 +75,7 @@ class Meeting:
 
     Args:
         call: what the first rank called.
-        size: ranks in the group.
+        group: world ranks of the group, in the first rank's order.
         number: which of the group's collectives it is.
     """
 
@@ -83,6 +83,7 @@ class Meeting:
         "call",
         "calls",
         "events",
+        "group",
         "is_complete",
         "items",
         "latest_ns",
@@ -92,10 +93,12 @@ class Meeting:
         "waiting",
     )
 
-    def __init__(self, call: Any, size: int, number: Hashable) -> None:
+    def __init__(self, call: Any, group: tuple[int, ...], number: Hashable) -> None:
+        size = len(group)
         self.call = call
+        self.group = group
         self.number = number
-        self.calls: list[Any] = [None] * size
+        self.calls: dict[int, Any] = {}
         self.items: list[Any] = [None] * size
         self.events: list[Any] = [None] * size
         self.results: list[Any] | None = None
@@ -121,7 +124,7 @@ class Wait(NamedTuple):
     def missing(self) -> list[int]:
         """World ranks that it waits for."""
         if isinstance(self.place, Meeting):
-            return [r for r, call in zip(self.group, self.place.calls, strict=True) if call is None]
+            return [r for r in self.group if r not in self.place.calls]
         return [] if self.src is None else [self.src]
 
 
@@ -184,7 +187,7 @@ class Hub:
     # -- all ranks of a group -----------------------------------------------------------------------------------------
 
     def meetings(self, group: tuple[int, ...]) -> dict[Hashable, Meeting]:
-        """The collectives under way in one group."""
+        """The collectives under way among the ranks of a group."""
         with self.lock:
             return self._meetings.setdefault(group, {})
 

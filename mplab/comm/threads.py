@@ -8,6 +8,7 @@ what another still reads.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -62,9 +63,10 @@ class ThreadCommunicator(Communicator):
         self._me = ranks[rank]
         self._memory = CudaMemory(device) if device.type == "cuda" else HostMemory()
         self._is_host = device.type != "cuda"
-        self._meetings = hub.meetings(ranks)
+        # The same ranks in another order are a mistake to be found, so their collectives are counted together.
+        self._meetings = hub.meetings(tuple(sorted(ranks)))
+        self._numbers = itertools.count(1)
         self._devices = [hub.devices[r] for r in ranks]
-        self._num_calls = 0
         self._link_free_ns = 0
         self._traffic: dict[Call, list[Traffic]] = {}
         self._num_sent: dict[Hashable, int] = {}
@@ -87,6 +89,8 @@ class ThreadCommunicator(Communicator):
                 self._rendezvous,
             )
             group._groups = self._groups
+            alike = [c for c in self._groups.values() if c._meetings is group._meetings]
+            group._numbers = alike[0]._numbers
         return self._groups[members]
 
     # -- one rank to another ------------------------------------------------------------------------------------------
@@ -148,9 +152,9 @@ class ThreadCommunicator(Communicator):
         with hub.lock:
             meeting = meetings.get(key)
             if meeting is None:
-                meeting = meetings[key] = Meeting(call, self.size, key)
-            meeting.calls[self.rank] = call
-            if meeting.call != call:
+                meeting = meetings[key] = Meeting(call, self.ranks, key)
+            meeting.calls[self._me] = call
+            if meeting.call != call or meeting.group != self.ranks:
                 self._check_call(key, call, meeting)
             meeting.items[self.rank], meeting.events[self.rank] = item, event
             meeting.num_missing -= 1
@@ -161,16 +165,15 @@ class ThreadCommunicator(Communicator):
         return meeting, True
 
     def _check_call(self, key: Hashable, call: Call, meeting: Meeting) -> None:
-        if call.agrees(meeting.call):
+        if call.agrees(meeting.call) and meeting.group == self.ranks:
             meeting.call = meeting.call.with_shape_of(call)
             return
         # The lock is held: whoever is in this collective stays in it, so that its line can be told.
-        said = "\n".join(
-            f"  rank {world_rank} called {said} at {self._hub.line_of(world_rank)}"
-            for world_rank, said in zip(self.ranks, meeting.calls, strict=True)
-            if said is not None
-        )
-        error = CollectiveMismatch(f"collective {key} of group {list(self.ranks)} differs between ranks:\n{said}")
+        lines = [f"collective {key} of group {list(self.ranks)} differs between ranks:"]
+        for rank, called in sorted(meeting.calls.items()):
+            group = "" if rank == self._me or meeting.group == self.ranks else f" of group {list(meeting.group)}"
+            lines.append(f"  rank {rank} called {called}{group} at {self._hub.line_of(rank)}")
+        error = CollectiveMismatch("\n".join(lines))
         if self._hub.fail(error, self._me):
             raise error
         self._hub.stop(self._me, call)
@@ -204,7 +207,6 @@ class ThreadCommunicator(Communicator):
     def _bring(self, call: Call, x: Tensor | None) -> Meeting:
         """Bring a tensor to the next meeting; the last one wakes the others, with their results if they are small."""
         self._check_running(call)
-        self._num_calls += 1
         shared = target = None
         if x is not None:
             x = x.detach()
@@ -213,7 +215,7 @@ class ThreadCommunicator(Communicator):
                 target = x
             elif call.name == "all_reduce" and _num_bytes(x) > SMALL_BYTES:
                 target = new_like(shared)
-        meeting, is_last = self._come(self._num_calls, call, (shared, target))
+        meeting, is_last = self._come(next(self._numbers), call, (shared, target))
         if is_last:
             if all(item[0] is None or _num_bytes(item[0]) <= SMALL_BYTES for item in meeting.items):
                 self._observe(meeting)
@@ -256,10 +258,9 @@ class ThreadCommunicator(Communicator):
     def _start_all_to_all(self, call: Call, xs: list[Tensor]) -> Handle[list[Tensor]]:
         self._check_running(call)
         begin_ns = time.perf_counter_ns()
-        self._num_calls += 1
         # A copy for each receiver, which keeps it: one copy in all, and no second meeting.
         copies = [self._memory.handover(x, self._hub.devices[r]) for x, r in zip(xs, self.ranks, strict=True)]
-        meeting, is_last = self._come(self._num_calls, call, copies)
+        meeting, is_last = self._come(next(self._numbers), call, copies)
         if is_last:
             self._hub.complete(meeting)
         return Handle(partial(self._finish_all_to_all, call, meeting, begin_ns))
