@@ -143,12 +143,14 @@ def test_computing_ranks_got_a_type_error_in_place_of_peer_failure() -> None:
     """The interpreter makes the exception that it raises in another thread, without arguments, and PeerFailure wanted
     one: the rank died of `TypeError: __init__() missing 1 required positional argument`."""
     seen: list[BaseException] = []
+    both_here = threading.Barrier(2, timeout=30)
 
     def run(rank: Rank) -> None:
         if rank.index == 0:
-            time.sleep(0.03)
+            both_here.wait()
             raise ValueError("the reason")
         try:
+            both_here.wait()
             while True:
                 time.sleep(0.005)
         except BaseException as error:
@@ -162,10 +164,11 @@ def test_computing_ranks_got_a_type_error_in_place_of_peer_failure() -> None:
 
 def test_a_rank_that_caught_the_first_stop_was_never_asked_again() -> None:
     """One exception was sent to each computing rank; `except Exception` around a step swallowed it."""
-    num_caught = 0
+    num_caught, both_here = 0, threading.Barrier(2, timeout=30)
 
     def run(rank: Rank) -> None:
         nonlocal num_caught
+        both_here.wait()
         if rank.index == 0:
             time.sleep(0.03)
             raise ValueError("the reason")

@@ -83,6 +83,8 @@ class Terminal(io.StringIO):
 
 
 def test_a_terminal_sees_a_bar_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPLAB_ORDERED_OUTPUT")
+    monkeypatch.setitem(sys.modules, "IPython", None)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     assert command_line.main(["train", *TINY]) == 0
     assert re.search(r"train: .*\d/3 ", terminal.getvalue())

@@ -113,12 +113,15 @@ def test_a_rank_raises_while_the_others_are_busy(
     occupation: Callable[[Rank], object], options: dict[str, object]
 ) -> None:
     seen: list[BaseException] = []
+    all_here = threading.Barrier(3, timeout=30)
 
     def run(rank: Rank) -> None:
         if rank.index == 0:
+            all_here.wait()
             time.sleep(0.03)
             fail_deep_inside(rank)
         try:
+            all_here.wait()
             occupation(rank)
             nap()
         except BaseException as error:
@@ -159,8 +162,10 @@ def test_a_rank_raises_in_a_world_of_any_size(n: int) -> None:
 
 def test_peers_learn_who_failed_and_with_what() -> None:
     seen: dict[int, PeerFailure] = {}
+    all_here = threading.Barrier(3, timeout=30)
 
     def run(rank: Rank) -> None:
+        all_here.wait()
         if rank.index == 1:
             time.sleep(0.03)
             raise OwnError("out of memory")
@@ -182,12 +187,14 @@ def test_peers_learn_who_failed_and_with_what() -> None:
 
 def test_a_computing_peer_gets_a_peer_failure_too() -> None:
     seen: list[BaseException] = []
+    both_here = threading.Barrier(2, timeout=30)
 
     def run(rank: Rank) -> None:
         if rank.index == 1:
-            time.sleep(0.03)
+            both_here.wait()
             raise OwnError
         try:
+            both_here.wait()
             nap()
         except BaseException as error:
             seen.append(error)
@@ -266,7 +273,10 @@ def test_an_error_inside_of_a_collective() -> None:
 
 
 def test_a_rank_that_does_not_stop_is_named_and_left_behind() -> None:
+    both_here = threading.Barrier(2, timeout=30)
+
     def run(rank: Rank) -> None:
+        both_here.wait()
         if rank.index == 0:
             time.sleep(0.03)
             raise OwnError
@@ -717,19 +727,17 @@ def test_time_on_an_emulated_wire_is_no_time_out() -> None:
 # --- row 5: Ctrl-C ---------------------------------------------------------------------------------------------------
 
 
+def interrupt() -> None:
+    """What Ctrl-C and a kernel's "Interrupt" do: SIGINT to the main thread."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
 @contextmanager
-def interrupt_after(seconds: float) -> Iterator[list[float]]:
-    """SIGINT to this process, from another thread; gives the time at which it was sent."""
-    sent: list[float] = []
-
-    def send() -> None:
-        sent.append(time.monotonic())
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-    timer = threading.Timer(seconds, send)
+def interrupt_after(seconds: float) -> Iterator[None]:
+    timer = threading.Timer(seconds, interrupt)
     timer.start()
     try:
-        yield sent
+        yield
     finally:
         timer.join()
 
@@ -746,18 +754,25 @@ def interrupts_are_errors() -> Iterator[None]:
 def test_ctrl_c_stops_all_ranks(occupation: Callable[[Rank], object], options: dict[str, object]) -> None:
     """Rank 0 is at work, so that those who wait are no deadlock."""
     seen: list[BaseException] = []
+    sent: list[float] = []
+    all_here = threading.Barrier(3, timeout=30)
 
     def run(rank: Rank) -> None:
         try:
+            all_here.wait()
             if rank.index != 0:
                 occupation(rank)
+            else:
+                time.sleep(0.03)
+                sent.append(time.monotonic())
+                interrupt()
             nap()
         except BaseException as error:
             seen.append(error)
             raise
 
     w = world(3, **options)
-    with pytest.raises(KeyboardInterrupt), interrupt_after(0.05) as sent:
+    with pytest.raises(KeyboardInterrupt):
         w.run(run)
     assert time.monotonic() - sent[0] < AT_ONCE_S
     assert [type(error) for error in seen if not isinstance(error, PeerFailure)] == []
@@ -766,9 +781,15 @@ def test_ctrl_c_stops_all_ranks(occupation: Callable[[Rank], object], options: d
 
 
 def test_ctrl_c_in_an_inner_world_stops_the_outer_one() -> None:
-    w = world(2)
-    with pytest.raises(KeyboardInterrupt), interrupt_after(0.05):
-        w.run(lambda rank: World(2, device="cpu").run(lambda inner: nap()))
+    w, all_here = world(2), threading.Barrier(4, timeout=30)
+
+    def run(inner: Rank, outer: Rank) -> None:
+        if all_here.wait() == 0:
+            interrupt()
+        nap()
+
+    with pytest.raises(KeyboardInterrupt):
+        w.run(lambda rank: World(2, device="cpu").run(run, rank))
     until = time.monotonic() + AT_ONCE_S
     while ranks_alive() and time.monotonic() < until:
         time.sleep(0.01)
@@ -776,19 +797,30 @@ def test_ctrl_c_in_an_inner_world_stops_the_outer_one() -> None:
 
 
 def test_ctrl_c_shows_what_was_printed_and_says_nothing_of_ranks_that_left(capsys: pytest.CaptureFixture[str]) -> None:
+    both_here = threading.Barrier(2, timeout=30)
+
     def run(rank: Rank) -> None:
         print("begun")
+        if both_here.wait() == 0:
+            interrupt()
         nap()
 
-    with pytest.raises(KeyboardInterrupt) as caught, interrupt_after(0.05):
+    with pytest.raises(KeyboardInterrupt) as caught:
         world(2).run(run)
     assert capsys.readouterr().out == "[rank 0] begun\n[rank 1] begun\n"
     assert getattr(caught.value, "__notes__", []) == []
 
 
 def test_ctrl_c_in_a_long_c_call_does_not_keep_the_caller() -> None:
-    with pytest.raises(KeyboardInterrupt) as caught, interrupt_after(0.05):
-        world(2).run(lambda rank: time.sleep(1.8))
+    both_here = threading.Barrier(2, timeout=30)
+
+    def run(rank: Rank) -> None:
+        if both_here.wait() == 0:
+            interrupt()
+        time.sleep(1.8)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        world(2).run(run)
     assert ranks_alive(), "the caller has waited for them"
     assert [note[:19] for note in caught.value.__notes__] == ["rank 0 did not stop", "rank 1 did not stop"]
     assert int(world(2).run(lambda rank: rank.comm.all_reduce(torch.tensor(1)))[0]) == 2, "the next run works"
@@ -799,8 +831,14 @@ def test_ctrl_c_in_a_long_c_call_does_not_keep_the_caller() -> None:
 def test_ctrl_c_twice() -> None:
     """The second one ends the wait for ranks that do not stop, and nothing else."""
     num_threads, stdout = torch.get_num_threads(), sys.stdout
-    with pytest.raises(KeyboardInterrupt), interrupt_after(0.05), interrupt_after(0.25):
-        world(2).run(lambda rank: time.sleep(1.5))
+
+    def run(rank: Rank) -> None:
+        interrupt()
+        with interrupt_after(0.2):
+            time.sleep(1.5)
+
+    with pytest.raises(KeyboardInterrupt):
+        world(1).run(run)
     assert torch.get_num_threads() == num_threads
     assert sys.stdout is stdout
     assert ranks_alive()
