@@ -308,6 +308,8 @@ def fault(world: ProcessWorld, work: Callable[[Rank], Any]) -> Any:
 
 
 def main() -> None:
+    # As in a terminal: a background job ignores SIGINT, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(sys.argv[1])
     for name in sys.argv[2:]:
         propagates = name.startswith("exit_")

@@ -19,7 +19,7 @@ from torch import Tensor
 import mplab.comm.memory
 from mplab import World
 from mplab.comm import Communicator, algorithms, threads
-from mplab.comm.memory import CudaMemory, HostMemory
+from mplab.comm.memory import LARGE_BYTES, CudaMemory, HostMemory, new_like
 from mplab.world import Rank
 
 CPU = torch.device("cpu")
@@ -215,6 +215,26 @@ def test_a_copy_is_contiguous_and_its_own() -> None:
         assert copy.data_ptr() != x.data_ptr()
     assert memory.local(x) is x
     assert memory.publish() is None
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.arange(6.0).view(2, 3).t(),
+        torch.arange(LARGE_BYTES // 4 + 6.0).view(2, -1).t(),
+        torch.arange(LARGE_BYTES + 3).to(torch.int8),
+        torch.zeros(LARGE_BYTES, 0),
+        torch.tensor(1 + 2j).conj(),
+    ],
+    ids=["small", "large", "odd size", "empty", "conjugated"],
+)
+def test_a_new_tensor_has_room_for_what_it_is_like(x: Tensor) -> None:
+    """Large ones ask the system for large pages, with addresses worked out by hand."""
+    out = new_like(x)
+    assert (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
+    assert out.is_contiguous()
+    assert torch.equal(out.copy_(x), x)
+    assert torch.equal(HostMemory().copy(x), x)
 
 
 def test_what_a_barrier_gives_is_no_memory_of_any_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
