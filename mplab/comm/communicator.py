@@ -79,8 +79,9 @@ class Communicator(abc.ABC):
     """Sends, receives and collectives of one rank in one group.
 
     A collective returns a new tensor, outside autograd; names that end in `_` work in place. Names that begin with `i`
-    start an operation and return a `Handle`: leave its input alone until `wait()`, and wait in the order of starting.
-    Inputs may be non-contiguous or empty, of any dtype that torch can add. Ranks are counted within the group.
+    start an operation and return a `Handle`: leave its input alone until `wait()`, and wait in the order of starting;
+    between threads a large collective goes on only while its ranks wait for it. Inputs may be non-contiguous or empty,
+    of any dtype that torch can add. Ranks are counted within the group.
 
     Args:
         rank: this rank's place in the group.

@@ -86,7 +86,9 @@ class Meeting:
         "group",
         "is_complete",
         "items",
+        "last",
         "latest_ns",
+        "met",
         "num_missing",
         "number",
         "results",
@@ -105,6 +107,8 @@ class Meeting:
         self.num_missing = size
         self.is_complete = False
         self.latest_ns = 0
+        self.last = -1  # who computed the results of all, and when it began to (a mark of its recorder)
+        self.met: Any = None
         self.waiting: list[int] = []
 
     def is_stuck(self) -> bool:

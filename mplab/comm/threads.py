@@ -198,11 +198,14 @@ class ThreadCommunicator(Communicator):
 
     def _start(self, call: Call, x: Tensor | None) -> Handle[Tensor]:
         begin_ns = time.perf_counter_ns()
-        return Handle(partial(self._finish, call, self._bring(call, x), begin_ns))
+        meeting = self._bring(call, x)
+        if meeting.last == self.rank and meeting.results is not None:
+            self.trace.add("message", call.name, meeting.met, self.trace.now())
+        return Handle(partial(self._finish, call, meeting, begin_ns))
 
     def _run(self, call: Call, x: Tensor | None) -> Tensor:
-        begin_ns = time.perf_counter_ns()
-        return self._finish(call, self._bring(call, x), begin_ns)
+        begin_ns, mark = time.perf_counter_ns(), self.trace.now()
+        return self._finish(call, self._bring(call, x), begin_ns, mark)
 
     def _bring(self, call: Call, x: Tensor | None) -> Meeting:
         """Bring a tensor to the next meeting; the last one wakes the others, with their results if they are small."""
@@ -219,20 +222,21 @@ class ThreadCommunicator(Communicator):
         if is_last:
             if all(item[0] is None or _num_bytes(item[0]) <= SMALL_BYTES for item in meeting.items):
                 self._observe(meeting)
+                meeting.met, meeting.last = self.trace.now(), self.rank
                 meeting.results = collectives.results_of_all(meeting.call, meeting.items, self._devices, self._memory)
                 meeting.events = [self._memory.publish()] * self.size
             self._hub.complete(meeting)
         return meeting
 
-    def _finish(self, call: Call, meeting: Meeting, begin_ns: int) -> Tensor:
-        mark = self.trace.now()
+    def _finish(self, call: Call, meeting: Meeting, begin_ns: int, mark: Mark = None) -> Tensor:
+        mark = mark or self.trace.now()
         if not meeting.is_complete:
             self._hub.wait(self._me, meeting, call, self.ranks)
         if meeting.results is not None:
             out: Tensor = meeting.results[self.rank]
             if meeting.events[self.rank] is not None:
                 self._memory.observe(out, meeting.events[self.rank])
-            met = meeting.latest_ns if self._is_host else self.trace.now()
+            met = meeting.met if self._is_host or meeting.last == self.rank else self.trace.now()
         else:
             self._observe(meeting)
             met = self.trace.now()

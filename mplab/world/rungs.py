@@ -20,7 +20,7 @@ class Rung:
     Args:
         name: "GPUs", "CUDA streams", "SM slices" or "CPU threads".
         devices: every rank's device.
-        num_sms: streaming multiprocessors of each rank's own share; 0 where they are not shared out.
+        num_sms: streaming multiprocessors of each rank's share; 0 where they are not shared out.
         sharing: who shares what, in words; empty where nobody shares.
         proves: what timings on it can prove.
     """
@@ -43,7 +43,7 @@ def choose(num_ranks: int, device: str, slices: bool) -> Rung:
     Args:
         num_ranks: size of the world.
         device: "auto", "cpu", "cuda", or one GPU such as "cuda:1".
-        slices: give each rank of one GPU its own share of the SMs.
+        slices: run each rank of a GPU on a share of its SMs.
 
     Raises:
         MplabError: no such device here, or SMs that cannot be shared out so.
@@ -90,8 +90,8 @@ def _gpus(num_ranks: int, gpus: list[torch.device], slices: bool) -> Rung:
             "SM slices",
             devices,
             num_sms,
-            "ranks of a GPU share its memory",
-            "correctness, memory, order, overlap; speed-up within a GPU",
+            "ranks of a GPU share its memory, and torch may give two of them the same SMs",
+            "correctness, memory, order, overlap; times are not speed-ups",
         )
     if per_gpu == 1:
         return Rung("GPUs", devices, 0, "", "everything that this machine's links allow")

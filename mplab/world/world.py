@@ -42,7 +42,7 @@ class World:
     Args:
         n: number of ranks; more than cores or GPUs is fine, and the figures say so.
         device: "auto", "cpu", "cuda" or one GPU such as "cuda:0".
-        slices: give each rank of one GPU its own share of the SMs (green contexts).
+        slices: run each rank of one GPU on a share of its SMs (green contexts).
         link: slow messages down to those of another network; None: as fast as this machine is.
         rendezvous: a send waits until it is received, which shows deadlocks that buffers hide.
         timeout_s: the longest that a rank may wait for another.
@@ -98,7 +98,7 @@ class World:
         where = ", ".join(f"{count} on {device}" for device, count in counts.items())
         lines = [f"World of {self.size} rank{'s' * (self.size > 1)}: {self.rung.name} ({where})"]
         if self.rung.num_sms:
-            lines.append(f"  each rank has {self.rung.num_sms} SMs of its own")
+            lines.append(f"  each rank runs on a share of {self.rung.num_sms} SMs")
         if self.rung.sharing:
             lines.append(f"  {self.rung.sharing}")
         if self.link is not None:
