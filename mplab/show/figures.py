@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mplab.errors import MplabError
 from mplab.plan.cost import Link, all_reduce_times_s
+from mplab.trace.figure import add_notes, wrapped
 from mplab.world.links import LinkFit
 
 SIZES_BYTES = tuple(1 << k for k in range(8, 25))  # 256 B to 16 MiB
@@ -128,7 +128,7 @@ def all_reduce_times(
 
 def lay_out(figure: Any, plot_px: int, title: str, notes: Sequence[str]) -> Any:
     """Title, legend and notes around a plot, none of them over another from 600 px of width on."""
-    remarks = [line for note in notes for line in textwrap.wrap(note, 84)]
+    remarks = wrapped(notes)
     has_legend = figure.layout.showlegend is not False
     top, bottom = 36 + 44 * has_legend, 56 + (_NOTE_PX * len(remarks) + 6 if remarks else 0)
     height = plot_px + top + bottom
@@ -140,20 +140,7 @@ def lay_out(figure: Any, plot_px: int, title: str, notes: Sequence[str]) -> Any:
         title={"text": html.escape(title), "font": {"size": 15}, "x": 0, "pad": {"l": 12}, "y": 1 - 20 / height},
         legend={"orientation": "h", "x": 0, "y": 1 - 30 / height, "yref": "container", "yanchor": "top"},
     )
-    if remarks:
-        figure.add_annotation(
-            text="<br>".join(map(html.escape, remarks)),
-            showarrow=False,
-            align="left",
-            x=0,
-            xref="paper",
-            xanchor="left",
-            y=0,
-            yref="paper",
-            yanchor="top",
-            yshift=-52,
-            font={"size": 12},
-        )
+    add_notes(figure, remarks, 52)
     return figure
 
 

@@ -150,7 +150,7 @@ def _hover(event: Event) -> str:
 def _lay_out(figure: Any, num_ranks: int, notes: Sequence[str], title: str | None) -> None:
     """Stack title, legend, rows, axis and notes in pixels, so that none meets another at any width from 600 px on."""
     heading = textwrap.wrap(title or "", 66)
-    remarks = [line for note in notes for line in textwrap.wrap(note, 84)]
+    remarks = wrapped(notes)
     legend_top = 6 + _HEADING_PX * len(heading)
     top = legend_top + 23 + _LEGEND_PX * _legend_lines([bars.name for bars in figure.data if bars.type == "bar"])
     bottom = 54 + (_LINE_PX * len(remarks) + 8 if remarks else 0)
@@ -194,9 +194,19 @@ def _lay_out(figure: Any, num_ranks: int, notes: Sequence[str], title: str | Non
         fixedrange=True,
     )
     figure.update_xaxes(title_standoff=6, zeroline=False)
-    if remarks:
+    add_notes(figure, remarks, 54)
+
+
+def wrapped(notes: Sequence[str]) -> list[str]:
+    """Notes in lines that a figure 600 px wide has room for."""
+    return [line for note in notes for line in textwrap.wrap(note, 84)]
+
+
+def add_notes(figure: Any, lines: Sequence[str], below_px: int) -> None:
+    """Write lines under a figure's axes, so many pixels below them."""
+    if lines:
         figure.add_annotation(
-            text="<br>".join(map(html.escape, remarks)),
+            text="<br>".join(map(html.escape, lines)),
             showarrow=False,
             align="left",
             x=0,
@@ -205,7 +215,7 @@ def _lay_out(figure: Any, num_ranks: int, notes: Sequence[str], title: str | Non
             y=0,
             yref="paper",
             yanchor="top",
-            yshift=-54,
+            yshift=-below_px,
             font={"size": 12},
         )
 
