@@ -6,7 +6,6 @@ The conformance suite on GPUs is in test_threads, the order of streams without a
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conformance import CHECKS, Check
 from limits import leaves_nothing_behind as leaves_nothing_behind
+from sum_over_ranks import SumOverRanks
 from torch import Tensor
 
 from mplab import CollectiveMismatch, Deadlock, Link, MplabError, World
@@ -208,21 +208,6 @@ def test_the_host_does_not_wait_for_the_gpu() -> None:
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-class SumOverRanks(torch.autograd.Function):
-    """All-reduce forward and backward."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, rank: Rank) -> Tensor:
-        ctx.rank = rank  # type: ignore[attr-defined]
-        return rank.comm.all_reduce(x)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        rank: Rank = ctx.rank  # type: ignore[attr-defined]
-        assert threading.current_thread().name == f"mplab-rank{rank.index}", "backward left its rank's thread"
-        return rank.comm.all_reduce(grads[0]), None
-
-
 def test_collectives_inside_of_backward_on_four_streams(world: World) -> None:
     """Ranks of one GPU share autograd's device thread, where the first to block would block all."""
 
@@ -381,3 +366,17 @@ def test_copies_between_gpus_wait_for_their_writer() -> None:
             assert_all(got, float((rank.index - 1) % n + i))
 
     World(torch.cuda.device_count(), device="cuda").run(run)
+
+
+def late_wait(rank: Rank) -> None:
+    handle = rank.comm.iall_reduce(torch.ones(3, device=rank.device))
+    time.sleep(0.05)  # all have called it long before any of them waits
+    handle.wait()
+
+
+def test_an_asynchronous_collective_that_was_over_before_the_wait_is_on_the_timeline() -> None:
+    """Its end must not come before its start: a timeline refuses such an event."""
+    world = World(3, device="cuda:0")
+    world.run(late_wait)
+    for rank in range(3):
+        assert {e.lane for e in world.timeline.rank(rank)} == {"wait", "message"}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from limits import leaves_nothing_behind as leaves_nothing_behind
 from limits import ranks_alive
+from sum_over_ranks import SumOverRanks
 from torch import Tensor
 
 from mplab import CommTimeout, Link, MplabError, World
@@ -325,21 +326,6 @@ def test_neither_the_global_seed_nor_who_draws_from_it_changes_a_ranks_numbers()
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-class SumOverRanks(torch.autograd.Function):
-    """All-reduce forward and backward, as tensor parallelism has it."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, rank: Rank) -> Tensor:
-        ctx.rank = rank  # type: ignore[attr-defined]
-        return rank.comm.all_reduce(x)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        rank: Rank = ctx.rank  # type: ignore[attr-defined]
-        assert threading.current_thread().name == f"mplab-rank{rank.index}", "backward left its rank's thread"
-        return rank.comm.all_reduce(grads[0]), None
-
-
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 @pytest.mark.parametrize("length", [5, LARGE])
 def test_collectives_inside_of_backward_on_all_ranks_at_once(n: int, length: int) -> None:
@@ -595,3 +581,17 @@ def test_a_waiting_rank_is_named_by_its_time_out_and_not_by_its_world() -> None:
     assert world.run(lambda rank: time.sleep(0.3)) == [None, None]
     with pytest.raises(CommTimeout):
         world.run(lambda rank: time.sleep(0.5) if rank.index else rank.comm.recv(1))
+
+
+def late_wait(rank: Rank) -> None:
+    handle = rank.comm.iall_reduce(torch.ones(3, device=rank.device))
+    time.sleep(0.05)  # all have called it long before any of them waits
+    handle.wait()
+
+
+def test_an_asynchronous_collective_that_was_over_before_the_wait_is_on_the_timeline() -> None:
+    """Its end must not come before its start: a timeline refuses such an event."""
+    world = World(3, device="cpu")
+    world.run(late_wait)
+    for rank in range(3):
+        assert {e.lane for e in world.timeline.rank(rank)} == {"wait", "message"}

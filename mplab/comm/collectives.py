@@ -121,10 +121,10 @@ def block_bytes(call: Call, items: Sequence[Item]) -> list[int]:
     if call.name == "barrier":
         return [0] * num_ranks
     if call.name in ("all_gather", "gather"):
-        return [_given(x).numel() * _given(x).element_size() for x in items]
+        return [_given(x).nbytes for x in items]
     x = _given(items[call.root or 0])
     if call.name in ("broadcast", "reduce"):
-        return [x.numel() * x.element_size()] * num_ranks
+        return [x.nbytes] * num_ranks
     if call.name.startswith("all_reduce"):
         return [length * x.element_size() for length in chunk_lengths(x.numel(), num_ranks)]
     assert call.dim is not None

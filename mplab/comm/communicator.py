@@ -8,16 +8,18 @@ disagreement with wrong numbers.
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from mplab.comm.ledger import Ledger
+from mplab.comm.ledger import Ledger, Message
 from mplab.comm.reduction import check_op
 from mplab.errors import MplabError
-from mplab.trace.recorder import Recorder
+from mplab.plan.traffic import Traffic
+from mplab.trace.recorder import Mark, Recorder
 
 T = TypeVar("T")
 
@@ -97,6 +99,7 @@ class Communicator(abc.ABC):
         self.rank = rank
         self.ranks = ranks
         self.size = len(ranks)
+        self._others = tuple(r for r in ranks if r != ranks[rank])
         self.device = device
         self.ledger = ledger
         self.trace = trace
@@ -291,6 +294,15 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def _start_all_to_all(self, call: Call, xs: list[Tensor]) -> Handle[list[Tensor]]: ...
+
+    # -- what every backend writes down -------------------------------------------------------------------------------
+
+    def _write_down(self, name: str, traffic: Traffic, begin_ns: int, mark: Mark, met: Mark) -> None:
+        """A collective that is over: it waited from `mark` to `met`, and messages took the time since."""
+        self.trace.add("wait", name, mark, met)
+        self.trace.add("message", name, met, self.trace.now(), traffic.sent_bytes)
+        size = (traffic.num_sent, traffic.sent_bytes, traffic.received_bytes)
+        self.ledger.add(Message(name, self.ranks, self._others, *size, begin_ns, time.perf_counter_ns()))
 
     # -- checks, before any message -----------------------------------------------------------------------------------
 

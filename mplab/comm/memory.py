@@ -16,7 +16,7 @@ LARGE_BYTES = 4 << 20
 def new_like(x: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of `x`'s shape, dtype and device, quick to write to for the first time."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    size = out.numel() * out.element_size()
+    size = out.nbytes
     if size >= LARGE_BYTES and out.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         # Advice: where the system does not take it, nothing is lost.

@@ -19,7 +19,7 @@ def in_chunks(call: Call, x: Tensor, num_ranks: int) -> bool:
 
     Between two ranks whole tensors are no more bytes than two rounds of halves.
     """
-    return call.name.startswith("all_reduce") and num_ranks > 2 and x.numel() * x.element_size() > SMALL_BYTES
+    return call.name.startswith("all_reduce") and num_ranks > 2 and x.nbytes > SMALL_BYTES
 
 
 def given(call: Call, x: Tensor | None, rank: int, num_ranks: int) -> list[Tensor | None]:

@@ -58,7 +58,6 @@ class ProcessCommunicator(Communicator):
         super().__init__(rank, ranks, device, ledger, trace)
         self._guard, self._has_fabric = guard, has_fabric
         self._me = ranks[rank]
-        self._others = tuple(r for r in ranks if r != self._me)
         # The same ranks in another order are a mistake to be found, so their collectives are counted together.
         self._name = ",".join(map(str, ranks))
         self._set = ",".join(map(str, sorted(ranks)))
@@ -84,7 +83,7 @@ class ProcessCommunicator(Communicator):
         peer = self.ranks[dst]
         self._guard.check_running(f"send(dst={dst}, tag={tag})")
         self._guard.send([peer], self._number(f"m{self._name} {peer} {tag}", f"{self._name} {tag}"), None, x)
-        size = x.numel() * x.element_size()
+        size = x.nbytes
         self.ledger.add(Message("send", self.ranks, (peer,), 1, size, 0, begin, time.perf_counter_ns()))
         self.trace.add("message", "send", mark, self.trace.now(), size)
         return Handle(_nothing)
@@ -106,7 +105,7 @@ class ProcessCommunicator(Communicator):
             x = parcel.x
             self.trace.add("message", "recv", met, self.trace.now())
         x = x.to(self.device)
-        size = x.numel() * x.element_size()
+        size = x.nbytes
         self.ledger.add(Message("recv", self.ranks, (peer,), 0, 0, size, begin, time.perf_counter_ns()))
         return x
 
@@ -163,7 +162,7 @@ class ProcessCommunicator(Communicator):
         expected = lambda: [_like(row[self.rank], agreed) for row in shapes]  # noqa: E731
         received = [_copy(x) for x in self._received(given, came, expected) if x is not None]
         self._guard.reuse(came)
-        sizes = [[x.numel() * x.element_size() for x in xs if x is not None] for xs in (given, received)]
+        sizes = [[x.nbytes for x in xs if x is not None] for xs in (given, received)]
         sent_bytes, received_bytes = (sum(row) - row[self.rank] for row in sizes)
         traffic = Traffic(self.size - 1, sent_bytes, self.size - 1, received_bytes)
         self._write_down(call.name, traffic, begin_ns, mark, met)
@@ -258,12 +257,6 @@ class ProcessCommunicator(Communicator):
             if call.name not in ("all_gather", "gather"):
                 self._traffic[call] = traffic
         return traffic
-
-    def _write_down(self, name: str, traffic: Traffic, begin_ns: int, mark: Mark, met: Mark) -> None:
-        self.trace.add("wait", name, mark, met)
-        self.trace.add("message", name, met, self.trace.now(), traffic.sent_bytes)
-        size = (traffic.num_sent, traffic.sent_bytes, traffic.received_bytes)
-        self.ledger.add(Message(name, self.ranks, self._others, *size, begin_ns, time.perf_counter_ns()))
 
 
 def _call(said: list[Any]) -> Call:

@@ -51,7 +51,7 @@ def reduce_in_order(op: str, xs: Sequence[torch.Tensor], out: torch.Tensor) -> N
             out.copy_(xs[0])
         return
     pieces = [(*xs, out)]
-    if out.device.type == "cpu" and out.numel() * out.element_size() > BLOCK_BYTES:
+    if out.device.type == "cpu" and out.nbytes > BLOCK_BYTES:
         size = BLOCK_BYTES // out.element_size()
         pieces = list(zip(*(x.view(-1).split(size) for x in (*xs, out)), strict=True))
     # When `out` is the third tensor or a later one it is read after the first partial sum, which needs its own place.

@@ -73,7 +73,6 @@ class ThreadCommunicator(Communicator):
         self._num_received: dict[Hashable, int] = {}
         # One for each list of ranks, however it is reached: its calls and messages are numbered once.
         self._groups: dict[tuple[int, ...], ThreadCommunicator] = {ranks: self}
-        self._others = tuple(r for r in ranks if r != self._me)
 
     def group(self, ranks: Sequence[int]) -> ThreadCommunicator:
         members = self._check_group(ranks)
@@ -101,7 +100,7 @@ class ThreadCommunicator(Communicator):
         self._check_running(what)
         peer, key = self.ranks[dst], _next_number(self._num_sent, dst, tag)
         copy = self._memory.handover(x, self._hub.devices[peer])
-        size = _num_bytes(x)
+        size = x.nbytes
         arrival = 0 if self._link is None else self._hub.ports.reserve(self._me, peer, self._link.time_s(1, size))
         self._hub.channel(self._me, peer, ("send", self.ranks)).put((key, copy, self._memory.publish(), arrival))
         self.ledger.add(Message("send", self.ranks, (peer,), 1, size, 0, begin, time.perf_counter_ns()))
@@ -136,7 +135,7 @@ class ThreadCommunicator(Communicator):
                 event.synchronize()  # the emulated wire starts with what the GPU has written
             sleep_until(arrival)
             self.trace.add("message", "recv", handed_over, self.trace.now())
-        size = _num_bytes(received)
+        size = received.nbytes
         self.ledger.add(Message("recv", self.ranks, (peer,), 0, 0, size, begin, time.perf_counter_ns()))
         return received
 
@@ -216,11 +215,11 @@ class ThreadCommunicator(Communicator):
             shared = x.contiguous()
             if call.name == "all_reduce_":
                 target = x
-            elif call.name == "all_reduce" and _num_bytes(x) > SMALL_BYTES:
+            elif call.name == "all_reduce" and x.nbytes > SMALL_BYTES:
                 target = new_like(shared)
         meeting, is_last = self._come(next(self._numbers), call, (shared, target))
         if is_last:
-            if all(item[0] is None or _num_bytes(item[0]) <= SMALL_BYTES for item in meeting.items):
+            if all(item[0] is None or item[0].nbytes <= SMALL_BYTES for item in meeting.items):
                 self._observe(meeting)
                 meeting.met, meeting.last = self.trace.now(), self.rank
                 meeting.results = collectives.results_of_all(meeting.call, meeting.items, self._devices, self._memory)
@@ -229,14 +228,21 @@ class ThreadCommunicator(Communicator):
         return meeting
 
     def _finish(self, call: Call, meeting: Meeting, begin_ns: int, mark: Mark = None) -> Tensor:
-        mark = mark or self.trace.now()
+        is_asynchronous = mark is None
+        mark = self.trace.now() if is_asynchronous else mark
         if not meeting.is_complete:
             self._hub.wait(self._me, meeting, call, self.ranks)
         if meeting.results is not None:
             out: Tensor = meeting.results[self.rank]
             if meeting.events[self.rank] is not None:
                 self._memory.observe(out, meeting.events[self.rank])
-            met = meeting.met if self._is_host or meeting.last == self.rank else self.trace.now()
+            # An asynchronous call may have been over before this rank began to wait.
+            if self._is_host:
+                met = max(mark, meeting.met)
+            elif meeting.last == self.rank and not is_asynchronous:
+                met = meeting.met
+            else:
+                met = self.trace.now()
         else:
             self._observe(meeting)
             met = self.trace.now()
@@ -279,7 +285,7 @@ class ThreadCommunicator(Communicator):
             if event is not None:
                 self._memory.observe(received[-1], event)
         met = self.trace.now()
-        sizes, num_peers = [[_num_bytes(x) for x in copies] for copies in meeting.items], self.size - 1
+        sizes, num_peers = [[x.nbytes for x in copies] for copies in meeting.items], self.size - 1
         traffic = [
             Traffic(num_peers, sum(sizes[r]) - sizes[r][r], num_peers, sum(row[r] for row in sizes) - sizes[r][r])
             for r in range(self.size)
@@ -297,18 +303,6 @@ class ThreadCommunicator(Communicator):
         busiest_s = max(max(self._link.time_s(*t[:2]), self._link.time_s(*t[2:])) for t in traffic)
         self._link_free_ns = max(meeting.latest_ns, self._link_free_ns) + round(busiest_s * 1e9)
         sleep_until(self._link_free_ns)
-
-    def _write_down(self, name: str, traffic: Traffic, begin_ns: int, mark: Mark, met: Mark) -> None:
-        if self._is_host and met < mark:
-            met = mark  # an asynchronous call: all were there before this rank began to wait
-        self.trace.add("wait", name, mark, met)
-        self.trace.add("message", name, met, self.trace.now(), traffic.sent_bytes)
-        others, end_ns = self._others, time.perf_counter_ns()
-        self.ledger.add(Message(name, self.ranks, others, traffic[0], traffic[1], traffic[3], begin_ns, end_ns))
-
-
-def _num_bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
 
 
 def _next_number(counts: dict[Hashable, int], peer: int, tag: int) -> Hashable:

@@ -94,7 +94,7 @@ class Wire:
         about = [words] if x is None else [words, str(x.dtype).removeprefix("torch."), list(x.shape)]
         text = json.dumps(about, separators=(",", ":")).encode()
         start = -(-(_LENGTHS.size + len(text)) // _ALIGN_BYTES) * _ALIGN_BYTES
-        num_bytes = start + (0 if x is None else x.numel() * x.element_size())
+        num_bytes = start + (0 if x is None else x.nbytes)
         memory = self._spare.take(max(num_bytes, FRAME_BYTES))
         head = _LENGTHS.pack(num_bytes, len(text), borrowed) + text
         memory.numpy()[: len(head)] = np.frombuffer(head, np.uint8)
