@@ -1,0 +1,385 @@
+"""In which order a pipeline computes: every rank's list of actions, made by a generator, checked and drawn.
+
+A schedule is data. `validate` refuses one that cannot finish, `Schedule.draw` prints it, `mplab.plan.simulate` times it
+and `mplab.parallel.PipelineParallel` executes it; nothing else decides the order. Messages are not in it: an output
+leaves as soon as it is computed, and an input is waited for just before it is used.
+
+p ranks, m micro-batches, s stages, v chunks (stages of one rank). In the tables a column is one unit of time, and a
+backward takes two (`B0==`), as it does on devices: one for the gradients of the inputs, one for those of the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from mplab.errors import MplabError
+
+Kind = Literal["F", "B", "I", "W"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+NAMES: dict[Kind, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+
+
+class Action(NamedTuple):
+    """One piece of work of one stage on one micro-batch; written "2F0".
+
+    Args:
+        stage: the stage that computes.
+        kind: "F" forward; "B" the whole backward, or its two parts: "I" the gradients of the inputs, which the stage
+            before waits for, and "W" those of the weights, which nobody waits for.
+        microbatch: what it computes on.
+    """
+
+    stage: int
+    kind: Kind
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """The action that is written so.
+
+        Raises:
+            MplabError: no action is.
+        """
+        found = re.fullmatch(r"(\d+)([FBIW])(\d+)", text)
+        if found is None:
+            raise MplabError(f'"{text}" is no action: write stage, one of {", ".join(KINDS)}, micro-batch, as in "2F0"')
+        return cls(int(found[1]), found[2], int(found[3]))  # type: ignore[arg-type]
+
+
+Order: TypeAlias = Callable[[int, int, int], Iterator[Action]]
+"""(rank, num_ranks, num_microbatches) -> the actions of that rank, in order."""
+
+
+# naive, p = 3, m = 3
+#
+#   rank 0 | F0                   B0=== F1                   B1=== F2                   B2===
+#   rank 1 |    F0          B0===          F1          B1===          F2          B2===
+#   rank 2 |       F0 B0===                   F1 B1===                   F2 B2===
+def naive(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[Action]:
+    """Each micro-batch forward through all stages, then backward; a rank is busy for 1/p of the time."""
+    for j in range(num_microbatches):
+        yield Action(rank, "F", j)
+        yield Action(rank, "B", j)
+
+
+# gpipe, p = 3, m = 4
+#
+#   rank 0 | F0 F1 F2 F3                   B0=== B1=== B2=== B3===
+#   rank 1 |    F0 F1 F2 F3          B0=== B1=== B2=== B3===
+#   rank 2 |       F0 F1 F2 F3 B0=== B1=== B2=== B3===
+def gpipe(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[Action]:
+    """All forwards, then all backwards; idle for (p - 1)/(m + p - 1) of the time, with all m micro-batches in flight.
+
+    Reference:
+        Huang et al., "GPipe: Efficient training of giant neural networks using pipeline parallelism", NeurIPS 2019,
+        section 2.3.
+    """
+    for j in range(num_microbatches):
+        yield Action(rank, "F", j)
+    for j in range(num_microbatches):
+        yield Action(rank, "B", j)
+
+
+# 1f1b, p = 3, m = 4
+#
+#   rank 0 | F0 F1 F2             B0=== F3 B1===    B2===    B3===
+#   rank 1 |    F0 F1       B0=== F2 B1=== F3 B2===    B3===
+#   rank 2 |       F0 B0=== F1 B1=== F2 B2=== F3 B3===
+def one_f_one_b(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[Action]:
+    """As idle as GPipe, but with at most p - rank micro-batches in flight: each forward makes room by a backward.
+
+    Reference:
+        Narayanan et al., "PipeDream: Generalized pipeline parallelism for DNN training", SOSP 2019, section 3.2;
+        with one update a batch: Narayanan et al., "Memory-efficient pipeline-parallel DNN training", ICML 2021 (flush).
+    """
+    num_warmup = min(num_ranks - 1 - rank, num_microbatches)
+    for j in range(num_microbatches):
+        yield Action(rank, "F", j)
+        if j >= num_warmup:
+            yield Action(rank, "B", j - num_warmup)
+    for j in range(num_microbatches - num_warmup, num_microbatches):
+        yield Action(rank, "B", j)
+
+
+# interleaved, p = 2, v = 2, m = 4
+#
+#   rank 0 | 0F0 0F1 2F0 2F1 0F2     2B0==== 0F3 2B1==== 2F2 0B0==== 2F3 0B1====     2B2====     2B3==== 0B2==== 0B3====
+#   rank 1 |     1F0 1F1 3F0 3B0==== 3F1 3B1==== 1F2 1B0==== 1F3 1B1==== 3F2 3B2==== 3F3 3B3==== 1B2==== 1B3====
+def interleaved(rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> Iterator[Action]:
+    """1F1B where each rank has v chunks, stages rank, rank + p, ...: a bubble of 1/v, for v times the messages.
+
+    Reference:
+        Narayanan et al., "Efficient large-scale language model training on GPU clusters using Megatron-LM", SC 2021,
+        section 2.2.2.
+    """
+    # Micro-batches go through all chunks of a rank in groups of p: then the first of a group is back from the last
+    # rank just when the last of the group has left. Where p does not divide m, the last group is filled up with
+    # micro-batches that there are not, and their actions are left out: that can make nobody wait for ever.
+    filled = -(-num_microbatches // num_ranks) * num_ranks
+    order = [
+        (chunk, j)
+        for first in range(0, filled, num_ranks)
+        for chunk in range(num_chunks)
+        for j in range(first, first + num_ranks)
+    ]
+    num_warmup = min(2 * (num_ranks - 1 - rank) + (num_chunks - 1) * num_ranks, len(order))
+    forwards = [Action(chunk * num_ranks + rank, "F", j) for chunk, j in order]
+    backwards = [Action((num_chunks - 1 - chunk) * num_ranks + rank, "B", j) for chunk, j in order]
+    actions = forwards[:num_warmup]
+    for forward, backward in zip(forwards[num_warmup:], backwards, strict=False):
+        actions += forward, backward
+    actions += backwards[len(order) - num_warmup :]
+    yield from (action for action in actions if action.microbatch < num_microbatches)
+
+
+# zero_bubble, p = 3, m = 4
+#
+#   rank 0 | F0 F1 F2       I0 W0 F3 I1 W1 I2 W2 I3 W3
+#   rank 1 |    F0 F1    I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
+#   rank 2 |       F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
+def zero_bubble(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[Action]:
+    """ZB-H1: as 1F1B, but weight gradients, for which nobody waits, fill what was idle; p micro-batches in flight.
+
+    Reference:
+        Qi et al., "Zero bubble pipeline parallelism", ICLR 2024, section 2.1 (ZB-H1).
+    """
+    num_warmup = min(num_ranks - rank, num_microbatches)
+    for j in range(num_warmup):
+        yield Action(rank, "F", j)
+    for j in range(num_microbatches):
+        yield Action(rank, "I", j)
+        if j >= rank:
+            yield Action(rank, "W", j - rank)
+        if j + num_warmup < num_microbatches:
+            yield Action(rank, "F", j + num_warmup)
+    for j in range(max(0, num_microbatches - rank), num_microbatches):
+        yield Action(rank, "W", j)
+
+
+ORDERS: dict[str, Order] = {
+    "naive": naive,
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zero_bubble": zero_bubble,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every rank computes, in order.
+
+    Args:
+        name: "1f1b".
+        ranks: each rank's actions.
+
+    Raises:
+        MplabError: it is not one that can run (see `validate`).
+    """
+
+    name: str
+    ranks: tuple[tuple[Action, ...], ...]
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks it is for."""
+        return len(self.ranks)
+
+    @cached_property
+    def rank_of(self) -> tuple[int, ...]:
+        """The rank of every stage."""
+        places = {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
+        return tuple(places[stage] for stage in range(len(places)))
+
+    @cached_property
+    def actions(self) -> frozenset[Action]:
+        """The actions of all ranks."""
+        return frozenset(action for actions in self.ranks for action in actions)
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of all ranks."""
+        return len(self.rank_of)
+
+    @cached_property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a step."""
+        return 1 + max(action.microbatch for actions in self.ranks for action in actions)
+
+    def stages(self, rank: int) -> tuple[int, ...]:
+        """The stages of one rank, in order."""
+        return tuple(stage for stage, place in enumerate(self.rank_of) if place == rank)
+
+    def needs(self, action: Action) -> list[Action]:
+        """What must be computed before, here or on another rank."""
+        stage, kind, j = action
+        if kind == "F":
+            return [Action(stage - 1, "F", j)] if stage else []
+        if kind == "W":
+            return [Action(stage, "I", j)]
+        # A backward in two parts hands its gradient on after the first.
+        later = [Action(stage + 1, kind, j) for kind in ("B", "I")]
+        return [Action(stage, "F", j), *(other for other in later if other in self.actions)]
+
+    def span_name(self, action: Action) -> str:
+        """The action's name in a timeline: "forward", or "forward of chunk 1" on a rank with several stages."""
+        stages = self.stages(self.rank_of[action.stage])
+        name = NAMES[action.kind]
+        return name if len(stages) == 1 else f"{name} of chunk {stages.index(action.stage)}"
+
+    def ends(self, durations: Callable[[Action], float]) -> dict[Action, float]:
+        """When every action ends, where messages take no time and every rank has a core of its own.
+
+        Args:
+            durations: of an action, in any unit.
+
+        Raises:
+            MplabError: some ranks wait for ever; says who waits for whom.
+        """
+        ends: dict[Action, float] = {}
+        places, free_at = [0] * self.num_ranks, [0.0] * self.num_ranks
+        is_moving = True
+        while is_moving:
+            is_moving = False
+            for rank, actions in enumerate(self.ranks):
+                while places[rank] < len(actions):
+                    action = actions[places[rank]]
+                    before = self.needs(action)
+                    if not all(other in ends for other in before):
+                        break
+                    start = max([free_at[rank], *(ends[other] for other in before)])
+                    ends[action] = free_at[rank] = start + durations(action)
+                    places[rank] += 1
+                    is_moving = True
+        if len(ends) < len(self.actions):
+            raise MplabError(self._stuck(places, ends))
+        return ends
+
+    def _stuck(self, places: Sequence[int], ends: dict[Action, float]) -> str:
+        lines = [f"{self.name}: this order can't finish:"]
+        for rank, (actions, place) in enumerate(zip(self.ranks, places, strict=True)):
+            if place < len(actions):
+                action = actions[place]
+                missing = next(other for other in self.needs(action) if other not in ends)
+                where = self.rank_of[missing.stage]
+                of = "itself, where it stands later" if where == rank else f"rank {where}"
+                lines.append(f"  rank {rank} waits at {action}, its action {place}, for {missing} of {of}")
+        return "\n".join(lines)
+
+    def makespan(self, forward: float = 1, backward: float = 2) -> float:
+        """From the first start to the last end, where all stages are equal and messages are free.
+
+        Args:
+            forward: time of one forward, in any unit.
+            backward: of one backward; its two parts take half of it each.
+        """
+        return max(self.ends(lambda action: _unit(action, forward, backward)).values())
+
+    def bubble(self, forward: float = 1, backward: float = 2) -> tuple[float, ...]:
+        """The share of the makespan for which each rank is idle, where all stages are equal and messages are free."""
+        span = self.makespan(forward, backward)
+        return tuple(1 - sum(_unit(a, forward, backward) for a in actions) / span for actions in self.ranks)
+
+    def in_flight(self) -> tuple[int, ...]:
+        """The most micro-batches whose activations each rank holds at once; each of its stages counts.
+
+        A micro-batch is held from its forward to the end of its backward, of both parts where it has two.
+        """
+        peaks = []
+        for actions in self.ranks:
+            held = peak = 0
+            for action in actions:
+                held += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+                peak = max(peak, held)
+            peaks.append(peak)
+        return tuple(peaks)
+
+    def draw(self) -> str:
+        """The table: a row a rank, a column a unit of time; a forward takes one, a backward two, its parts one each."""
+        several = self.num_stages > self.num_ranks
+        width = 1 + max(len(self._cell(action, several)) for actions in self.ranks for action in actions)
+        lines = []
+        for rank, actions in enumerate(self.ranks):
+            line, ends = "", self.ends(_unit)
+            for action in actions:
+                length = int(_unit(action)) * width
+                cell = self._cell(action, several).ljust(length - 1, "=" if action.kind == "B" else " ") + " "
+                line = line.ljust(int(ends[action]) * width - length) + cell
+            lines.append(f"rank {rank} | {line.rstrip()}")
+        return "\n".join(lines)
+
+    def _cell(self, action: Action, several: bool) -> str:
+        return str(action) if several else f"{action.kind}{action.microbatch}"
+
+
+def build(order: str | Order, num_ranks: int, num_microbatches: int) -> Schedule:
+    """The schedule of one of `ORDERS`, or of a generator of your own.
+
+    Args:
+        order: a name; or a function (rank, num_ranks, num_microbatches) -> the rank's actions.
+        num_ranks: p, 1 or more.
+        num_microbatches: m, 1 or more.
+
+    Raises:
+        MplabError: no such name, fewer than one rank or micro-batch, or an order that cannot run.
+    """
+    if num_ranks < 1 or num_microbatches < 1:
+        raise MplabError(f"a schedule of {num_microbatches} micro-batches on {num_ranks} ranks: give 1 or more of each")
+    if isinstance(order, str) and order not in ORDERS:
+        raise MplabError(f'schedule "{order}": there are {", ".join(ORDERS)}')
+    name, generator = (order, ORDERS[order]) if isinstance(order, str) else (_name(order), order)
+    return Schedule(name, tuple(tuple(generator(r, num_ranks, num_microbatches)) for r in range(num_ranks)))
+
+
+def validate(schedule: Schedule) -> None:
+    """Refuse a schedule that cannot run.
+
+    Raises:
+        MplabError: actions that are missing, done twice, or of a stage that is on two ranks; a micro-batch that is used
+            before it is there; ranks that wait for each other for ever. It says which.
+    """
+    counts = Counter(action for actions in schedule.ranks for action in actions)
+    stages = {action.stage for action in counts}
+    microbatches = {action.microbatch for action in counts}
+    if not counts:
+        raise MplabError(f"{schedule.name}: a schedule without actions")
+    for what, numbers in (("stages", stages), ("micro-batches", microbatches)):
+        if numbers != set(range(len(numbers))):
+            raise MplabError(f"{schedule.name}: {what} {sorted(numbers)}, but they are numbered from 0 without a gap")
+    for action, count in counts.items():
+        if action.kind not in KINDS:
+            raise MplabError(f"{schedule.name}: {action} is no action: its kind is one of {', '.join(KINDS)}")
+        if count > 1:
+            raise MplabError(f"{schedule.name}: {action} is done {count} times")
+    for stage in sorted(stages):
+        places = [r for r, actions in enumerate(schedule.ranks) if any(a.stage == stage for a in actions)]
+        if len(places) > 1:
+            raise MplabError(f"{schedule.name}: stage {stage} is on ranks {places}, but its weights are on one")
+        for j in sorted(microbatches):
+            kinds = "".join(kind for kind in KINDS if Action(stage, kind, j) in counts)
+            if kinds not in ("FB", "FIW"):
+                said = ", ".join(str(Action(stage, kind, j)) for kind in KINDS if kind in kinds) or "nothing"
+                raise MplabError(
+                    f"{schedule.name}: stage {stage} does {said} with micro-batch {j}; it needs one F, and one B or "
+                    "one I and one W"
+                )
+    schedule.ends(_unit)
+
+
+def _name(order: Order) -> str:
+    return str(getattr(order, "__name__", getattr(getattr(order, "func", None), "__name__", "schedule")))
+
+
+def _unit(action: Action, forward: float = 1, backward: float = 2) -> float:
+    return {"F": forward, "B": backward, "I": backward / 2, "W": backward / 2}[action.kind]
