@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -114,7 +114,7 @@ def one_f_one_b(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[Ac
 #   rank 0 | 0F0 0F1 2F0 2F1 0F2     2B0==== 0F3 2B1==== 2F2 0B0==== 2F3 0B1====     2B2====     2B3==== 0B2==== 0B3====
 #   rank 1 |     1F0 1F1 3F0 3B0==== 3F1 3B1==== 1F2 1B0==== 1F3 1B1==== 3F2 3B2==== 3F3 3B3==== 1B2==== 1B3====
 def interleaved(rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> Iterator[Action]:
-    """1F1B where each rank has v chunks, stages rank, rank + p, ...: a bubble of 1/v, for v times the messages.
+    """1F1B where each rank has v chunks, stages rank, rank + p, ...: a bubble of 1/v, for v times the messages or more.
 
     Reference:
         Narayanan et al., "Efficient large-scale language model training on GPU clusters using Megatron-LM", SC 2021,
@@ -232,6 +232,13 @@ class Schedule:
         later = [Action(stage + 1, kind, j) for kind in ("B", "I")]
         return [Action(stage, "F", j), *(other for other in later if other in self.actions)]
 
+    def reader(self, action: Action) -> Action | None:
+        """The action of a neighbouring stage that takes what this one computes: an activation, or a gradient."""
+        stage, kind, j = action
+        takers = {"F": [(stage + 1, "F")], "W": []}.get(kind, [(stage - 1, "B"), (stage - 1, "I")])
+        found = (Action(taker, how, j) for taker, how in takers)  # type: ignore[arg-type]
+        return next((other for other in found if other in self.actions), None)
+
     def span_name(self, action: Action) -> str:
         """The action's name in a timeline: "forward", or "forward of chunk 1" on a rank with several stages."""
         stages = self.stages(self.rank_of[action.stage])
@@ -248,7 +255,8 @@ class Schedule:
             MplabError: some ranks wait for ever; says who waits for whom.
         """
         ends: dict[Action, float] = {}
-        places, free_at = [0] * self.num_ranks, [0.0] * self.num_ranks
+        places: list[int] = [0] * self.num_ranks
+        free_at: list[float] = [0] * self.num_ranks  # a whole 0, so that fractions stay fractions
         is_moving = True
         while is_moving:
             is_moving = False
@@ -334,12 +342,23 @@ def build(order: str | Order, num_ranks: int, num_microbatches: int) -> Schedule
     Raises:
         MplabError: no such name, fewer than one rank or micro-batch, or an order that cannot run.
     """
-    if num_ranks < 1 or num_microbatches < 1:
-        raise MplabError(f"a schedule of {num_microbatches} micro-batches on {num_ranks} ranks: give 1 or more of each")
-    if isinstance(order, str) and order not in ORDERS:
-        raise MplabError(f'schedule "{order}": there are {", ".join(ORDERS)}')
+    if not all(isinstance(n, int) and n >= 1 for n in (num_ranks, num_microbatches)):
+        raise MplabError(
+            f"a schedule of {num_microbatches!r} micro-batches on {num_ranks!r} ranks: give whole numbers, 1 or more"
+        )
+    if not (callable(order) or (isinstance(order, str) and order in ORDERS)):
+        raise MplabError(
+            f"schedule {order!r}: there are {', '.join(ORDERS)}; or give a function of (rank, num_ranks, "
+            "num_microbatches) that yields the rank's actions"
+        )
     name, generator = (order, ORDERS[order]) if isinstance(order, str) else (_name(order), order)
-    return Schedule(name, tuple(tuple(generator(r, num_ranks, num_microbatches)) for r in range(num_ranks)))
+    ranks = []
+    for rank in range(num_ranks):
+        actions = generator(rank, num_ranks, num_microbatches)
+        if not isinstance(actions, Iterable):
+            raise MplabError(f"{name}: rank {rank} gets {actions!r}, not actions: yield them, or return a list of them")
+        ranks.append(tuple(actions))
+    return Schedule(name, tuple(ranks))
 
 
 def validate(schedule: Schedule) -> None:
@@ -349,6 +368,13 @@ def validate(schedule: Schedule) -> None:
         MplabError: actions that are missing, done twice, or of a stage that is on two ranks; a micro-batch that is used
             before it is there; ranks that wait for each other for ever. It says which.
     """
+    for rank, actions in enumerate(schedule.ranks):
+        for given in actions:
+            if not isinstance(given, Action):
+                raise MplabError(
+                    f'{schedule.name}: rank {rank} does {given!r}, which is no action: write Action(0, "F", 0) or '
+                    'Action.parse("0F0")'
+                )
     counts = Counter(action for actions in schedule.ranks for action in actions)
     stages = {action.stage for action in counts}
     microbatches = {action.microbatch for action in counts}

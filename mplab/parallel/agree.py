@@ -1,0 +1,45 @@
+"""Settings that all ranks must be given alike, compared before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mplab.comm.communicator import Communicator
+from mplab.errors import MplabError
+
+
+def check_agreement(comm: Communicator, settings: Mapping[str, Any]) -> None:
+    """Compare settings over all ranks.
+
+    Args:
+        comm: their communicator.
+        settings: by name; what JSON can write.
+
+    Raises:
+        MplabError: on every rank, with the settings that differ and what each rank has.
+
+    **Communication**: all_gather of 8 bytes; of the settings where they differ.
+    """
+    text = json.dumps(settings, sort_keys=True).encode()
+    digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+    if len(set(comm.all_gather(torch.tensor([digest], device=comm.device)).tolist())) == 1:
+        return
+    lengths = comm.all_gather(torch.tensor([len(text)], device=comm.device)).tolist()
+    texts = comm.all_gather(torch.tensor(list(text), dtype=torch.uint8, device=comm.device)).split(lengths)
+    of_ranks = [json.loads(bytes(part.tolist())) for part in texts]
+    lines = ["the ranks were given different settings, and must be given the same:"]
+    for name in settings:
+        values = [of_rank.get(name) for of_rank in of_ranks]
+        if any(value != values[0] for value in values):
+            lines += [f"  {name} on rank {rank}: {_short(value)}" for rank, value in enumerate(values)]
+    raise MplabError("\n".join(lines))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

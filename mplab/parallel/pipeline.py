@@ -1,0 +1,239 @@
+"""Layer-wise parallelism: every rank holds some consecutive layers, and micro-batches go through the ranks.
+
+    rank 0: layers 0, 1        rank 1: layers 2, 3        rank 2: layers 4, 5, loss
+        F0 -- activation -->       F0 -- activation -->       F0
+        B0 <--- gradient ---       B0 <--- gradient ---       B0
+
+The order is the schedule's and nothing else's: `Interpreter` walks this rank's actions, whichever schedule it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mplab.comm.communicator import Communicator
+from mplab.datasets import Batch
+from mplab.errors import MplabError
+from mplab.models import Stage, cross_entropy, layers, tied_names
+from mplab.parallel.agree import check_agreement
+from mplab.parallel.interpreter import Interpreter, program
+from mplab.parallel.layer_state import put_states, receive_state, send_state, take_state
+from mplab.parallel.serial import LossFunction
+from mplab.parallel.tied import TiedWeights
+from mplab.plan.partition import check_cuts
+from mplab.plan.schedule import Order, Schedule, build
+
+OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+"""Parameters -> their optimizer: a class such as `torch.optim.AdamW`, or `partial(torch.optim.SGD, lr=0.1)`."""
+
+
+class PipelineParallel:
+    """Trains a model that is cut between its layers, as `Serial` would train all of it.
+
+    Args:
+        model: what `mplab.models.layers` can turn into a chain. Each rank copies its own layers, and the model itself
+            is never changed. Tied weights that end up on several ranks start as the first of them has them.
+        cuts: the first layer of every stage but the first, in order: (2, 4) cuts after layer 1 and after layer 3.
+        comm: this rank's communicator.
+        schedule: "naive", "gpipe", "1f1b", "interleaved" (two stages a rank), "zero_bubble", an order of your own, or a
+            `Schedule`, which then says the number of micro-batches.
+        num_microbatches: parts of a batch.
+        loss_fn: outputs and targets -> mean loss over the samples.
+        optimizer: makes the optimizer of this rank's parameters.
+        recompute: keep only the input of a stage, and compute its activations again for the backward.
+
+    Raises:
+        MplabError: a model that is no chain, cuts or a schedule that do not fit it or the world, or ranks that were
+            given different settings; before any training.
+
+    **Communication**: at the start, the settings (all_gather) and tied weights (broadcast).
+
+    Reference:
+        Huang et al., "GPipe: Efficient training of giant neural networks using pipeline parallelism", NeurIPS 2019,
+        sections 2.2 and 2.3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: Sequence[int],
+        comm: Communicator,
+        schedule: str | Order | Schedule = "1f1b",
+        num_microbatches: int = 8,
+        loss_fn: LossFunction = cross_entropy,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        recompute: bool = False,
+    ) -> None:
+        if not isinstance(schedule, Schedule):
+            schedule = build(schedule, comm.size, num_microbatches)
+        if schedule.num_ranks != comm.size:
+            raise MplabError(
+                f"schedule {schedule.name} is for {schedule.num_ranks} ranks, and this group has {comm.size}: "
+                f"build it for {comm.size}"
+            )
+        self.schedule, self.comm, self.loss_fn, self.recompute = schedule, comm, loss_fn, recompute
+        self._model, self._layers, self._make_optimizer = model, layers(model), optimizer
+        # Every layer's part of the model's state_dict.
+        self._keys = [
+            [key for path, part in layer.parts.items() for key in part.state_dict(prefix=f"{path}.")]
+            for layer in self._layers
+        ]
+        self.cuts = self._check_cuts(cuts)
+        if recompute:
+            _refuse_dropout(model)
+        check_agreement(
+            comm,
+            {
+                "cuts": self.cuts,
+                "schedule": [" ".join(map(str, actions)) for actions in schedule.ranks],
+                "recompute": recompute,
+                "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+            },
+        )
+        self._program = program(schedule, comm.rank)
+        self._place()
+        self._tied.broadcast()
+
+    # -- where the layers are ------------------------------------------------------------------------------------------
+
+    def _check_cuts(self, cuts: Sequence[int]) -> tuple[int, ...]:
+        return check_cuts(cuts, [layer.name for layer in self._layers], self.schedule.num_stages)
+
+    def _ranks(self) -> list[int]:
+        """The rank of every layer."""
+        bounds = [0, *self.cuts, len(self._layers)]
+        return [self.schedule.rank_of[s] for s in range(len(bounds) - 1) for _ in range(bounds[s], bounds[s + 1])]
+
+    def _place(self) -> None:
+        """Copy this rank's layers out of the model, and make their optimizer."""
+        bounds = [0, *self.cuts, len(self._layers)]
+        self.stages = {
+            s: Stage(self._layers[bounds[s] : bounds[s + 1]], self.comm.device)
+            for s in self.schedule.stages(self.comm.rank)
+        }
+        parameters = [p for stage in self.stages.values() for p in stage.parameters()]
+        self.optimizer = self._make_optimizer(parameters) if parameters else None
+        self._tie()
+
+    def _tie(self) -> None:
+        rank_of = {key: rank for keys, rank in zip(self._keys, self._ranks(), strict=True) for key in keys}
+        self._tied = TiedWeights(tied_names(self._layers), rank_of, self.stages.values(), self.comm)
+
+    def connect(self, comm: Communicator) -> None:
+        """Go on in another run of the world, with this rank's communicator there.
+
+        Raises:
+            MplabError: it is another rank's.
+        """
+        if (comm.rank, comm.size) != (self.comm.rank, self.comm.size):
+            raise MplabError(
+                f"connect to rank {comm.rank} of {comm.size}: these are the stages of rank {self.comm.rank} of "
+                f"{self.comm.size}"
+            )
+        self.comm = comm
+        self._tie()
+
+    def move(self, cuts: Sequence[int]) -> None:
+        """Cut elsewhere, between two steps: layers go to their new ranks with the state of their optimizer.
+
+        Args:
+            cuts: as at the start; the same on every rank.
+
+        Raises:
+            MplabError: cuts that don't fit the model, or that differ between ranks; nothing has moved then.
+
+        **Communication**: for each layer that changes its rank, all of its state, in one message a tensor.
+        """
+        cuts = self._check_cuts(cuts)
+        check_agreement(self.comm, {"cuts": cuts})
+        me, before, of_stages = self.comm.rank, self._ranks(), list(self.stages.values())
+        states = {
+            i: take_state(self._keys[i], of_stages, self.optimizer) for i, rank in enumerate(before) if rank == me
+        }
+        self.cuts = cuts
+        for i, (src, dst) in enumerate(zip(before, self._ranks(), strict=True)):
+            if src != dst and me == src:
+                send_state(self.comm, states.pop(i), dst)
+            elif src != dst and me == dst:
+                states[i] = receive_state(self.comm, src)
+        options = [] if self.optimizer is None else self.optimizer.param_groups
+        self._place()
+        put_states(states.values(), self.stages.values(), self.optimizer)
+        for group, old in zip([] if self.optimizer is None else self.optimizer.param_groups, options, strict=False):
+            group |= {key: value for key, value in old.items() if key != "params"}  # a learning rate that was changed
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole model's ordinary `state_dict`, on every rank.
+
+        **Communication**: every tensor, from the rank that holds it (broadcast).
+        """
+        mine: dict[str, Tensor] = {}
+        for stage in self.stages.values():
+            mine |= stage.state_dict()
+        merged = {
+            key: self.comm.broadcast(mine[key] if rank == self.comm.rank else None, rank)
+            for keys, rank in zip(self._keys, self._ranks(), strict=True)
+            for key in keys
+        }
+        return {key: merged[key] for key in self._model.state_dict()}
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch) -> float:
+        """One update; afterwards the gradients of this rank's stages can still be read.
+
+        Args:
+            batch: all of it on every rank, on any device; the first stage takes its inputs, the last its targets. Parts
+                may differ by one sample: the loss weighs samples, not micro-batches.
+
+        Returns:
+            The mean loss over the batch's samples, before the update; the same on every rank.
+
+        Raises:
+            MplabError: inputs and targets of different lengths, or fewer samples than micro-batches.
+
+        **Communication**: for every micro-batch and each cut between two ranks an activation to the next and its
+        gradient back; the gradients of tied weights (all_reduce among the ranks that hold them); the loss (broadcast).
+        """
+        inputs, targets = batch
+        num_parts, num_samples = self.schedule.num_microbatches, len(inputs)
+        if num_samples != len(targets):
+            raise MplabError(f"{num_samples} inputs and {len(targets)} targets: a batch needs as many of each")
+        if num_samples < num_parts:
+            raise MplabError(
+                f"a batch of {num_samples} samples can't be cut in {num_parts} micro-batches, each needs one sample or "
+                "more: take a larger batch, or fewer micro-batches"
+            )
+        device, last = self.comm.device, self.schedule.num_stages - 1
+        interpreter = Interpreter(
+            self.schedule,
+            self.comm,
+            self.stages,
+            self.loss_fn,
+            self.recompute,
+            inputs.to(device).tensor_split(num_parts) if 0 in self.stages else (),
+            targets.to(device).tensor_split(num_parts) if last in self.stages else (),
+            [len(part) / num_samples for part in targets.tensor_split(num_parts)],
+        )
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        interpreter.run(self._program)
+        self._tied.reduce_gradients()
+        if self.optimizer is not None:
+            with self.comm.trace.span("update"):
+                self.optimizer.step()
+        losses = interpreter.losses
+        return float(self.comm.broadcast(torch.stack(losses).sum() if losses else None, self.schedule.rank_of[last]))
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise MplabError(
+                f"recompute=True, but {name} drops activations at random (p = {module.p}), and would drop others the "
+                "second time: set its p to 0, or recompute=False"
+            )
