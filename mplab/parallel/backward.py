@@ -1,8 +1,8 @@
 """Backward in two parts: first the gradients of the inputs, for which another stage waits, later those of the weights.
 
-A linear layer's backward is two matrix products that need nothing from each other. Inside `SplitBackward` it computes
-the first and keeps what the second needs; `SplitBackward.finish` does the second. What is no linear layer (norms,
-embeddings) has little to put off, and computes the gradients of its parameters in the first part.
+A linear layer's backward is two matrix products that need nothing from each other. `SplitBackward` lets autograd see
+constant weights, so that it computes the first alone; a hook keeps what the second is made of until `PutOff.compute`.
+What is no linear layer (norms, embeddings) has little to put off: its parameters' gradients come with the first part.
 
 Reference:
     Qi et al., "Zero bubble pipeline parallelism", ICLR 2024, section 2.
@@ -10,43 +10,33 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 
-class SplitBackward(TorchFunctionMode):
-    """`with SplitBackward() as split: y = model(x)`; `y.backward()` is then the first part, `split.finish()` the other."""
+class PutOff:
+    """The weight gradients of one micro-batch that its backward has put off."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._later: list[tuple[Tensor, Tensor | None, Tensor, Tensor, bool]] = []
+        self._waiting: list[tuple[Any, Tensor, Tensor]] = []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is functional.linear and not kwargs and _can_split(*args):
-            return _Linear.apply(self, *args)  # type: ignore[no-untyped-call]
-        if func is torch.addmm and not kwargs and _can_split(args[1], args[2], args[0]):  # Hugging Face's GPT-2
-            return _Linear.apply(self, args[1], args[2], args[0], True)  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
-
-    def put_off(self, weight: Tensor, bias: Tensor | None, x: Tensor, grad: Tensor, is_transposed: bool) -> None:
-        """Keep what the gradients of a linear layer's parameters are made of: its input, and its output's gradient."""
-        self._later.append((weight, bias, x, grad, is_transposed))
+    def add(self, layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+        """Keep a linear layer's input and the gradient of its output; called by autograd."""
+        self._waiting.append((layer, x, grad))
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Add the gradients that were put off to the parameters' `grad`, and forget what they were made of."""
-        while self._later:
-            weight, bias, x, grad, is_transposed = self._later.pop()
+    def compute(self) -> None:
+        """Add the weight gradients to the parameters' `grad`, and forget what they were made of."""
+        while self._waiting:
+            layer, x, grad = self._waiting.pop()
             x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+            weight, bias = layer.weight, layer.bias
+            left, right = (grad, x) if isinstance(layer, nn.Linear) else (x, grad)
             if weight.requires_grad:
-                left, right = (x, grad) if is_transposed else (grad, x)
                 if weight.grad is None:
                     weight.grad = left.T @ right
                 else:
@@ -56,38 +46,36 @@ class SplitBackward(TorchFunctionMode):
                 bias.grad = total if bias.grad is None else bias.grad.add_(total)
 
 
-def _can_split(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Parameters to train, in the dtype they are used in; a vector as input has no batch to sum over."""
-    return (
-        torch.is_grad_enabled()
-        and weight.requires_grad
-        and weight.is_leaf
-        and (bias is None or (bias.is_leaf and bias.dim() == 1))
-        and x.dim() > 1
-        and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+class SplitBackward:
+    """Splits the backward of a module: its linear layers become ones that put their weights' gradients off.
+
+    Set `put_off` to a new `PutOff` before each forward: the backward of that forward adds to it.
+
+    Args:
+        module: the layers' classes are changed in place (`nn.Linear`, and Hugging Face's `Conv1D`); names, parameters
+            and results stay what they were.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.put_off = PutOff()
+        for layer in module.modules():
+            if type(layer) is nn.Linear or type(layer).__name__ == "Conv1D":
+                layer.__class__ = type(f"Split{type(layer).__name__}", (_Split, type(layer)), {})
+                layer.split = self  # type: ignore[assignment]
 
 
-class _Linear(torch.autograd.Function):
-    """x @ weight.T + bias, or x @ weight + bias if `is_transposed`."""
+class _Split(nn.Module):
+    """Goes before a linear layer's class: y = x @ weight.T + bias, or x @ weight + bias in a `Conv1D`."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        split: SplitBackward,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        is_transposed: bool = False,
-    ) -> Tensor:
-        ctx.split, ctx.is_transposed = split, is_transposed
-        ctx.save_for_backward(x, weight, bias)
-        return functional.linear(x, weight.T if is_transposed else weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        ctx.split.put_off(weight, bias, x, grad, ctx.is_transposed)
-        needs_grad = ctx.needs_input_grad[1]
-        return None, grad @ (weight.T if ctx.is_transposed else weight) if needs_grad else None, None, None, None
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self
+        weight, bias = layer.weight, layer.bias
+        # Autocast would use other weights than these, and a vector has no batch to sum over.
+        if not x.requires_grad or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):
+            y: Tensor = super().forward(x)
+            return y
+        constant = weight.detach() if isinstance(self, nn.Linear) else weight.detach().T
+        y = functional.linear(x, constant, None if bias is None else bias.detach())
+        if y.requires_grad:  # not under no_grad
+            y.register_hook(partial(layer.split.put_off.add, self, x.detach()))
+        return y

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mplab.comm.communicator import Communicator, Handle
-from mplab.parallel.backward import SplitBackward
+from mplab.parallel.backward import PutOff, SplitBackward
 from mplab.parallel.serial import LossFunction
 from mplab.plan.schedule import Action, Schedule
 
@@ -54,12 +54,12 @@ class Held(NamedTuple):
     Args:
         x: the input.
         y: the output, None where it is computed again.
-        split: the weight gradients that are put off, where the backward is in two parts.
+        put_off: collects its weight gradients, where the backward is in two parts.
     """
 
     x: Tensor
     y: Tensor | None
-    split: SplitBackward | None = None
+    put_off: PutOff | None = None
 
 
 class Interpreter:
@@ -69,6 +69,7 @@ class Interpreter:
         schedule: whose.
         comm: this rank's communicator.
         stages: this rank's stages, by number.
+        splits: those of them whose backward is in two parts.
         loss_fn: outputs and targets -> mean loss over the samples.
         recompute: keep only the input of a stage.
         inputs: of every micro-batch, on the rank of the first stage.
@@ -81,18 +82,19 @@ class Interpreter:
         schedule: Schedule,
         comm: Communicator,
         stages: Mapping[int, nn.Module],
+        splits: Mapping[int, SplitBackward],
         loss_fn: LossFunction,
         recompute: bool,
         inputs: Sequence[Tensor],
         targets: Sequence[Tensor],
         weights: Sequence[float],
     ) -> None:
-        self.schedule, self.comm, self.stages = schedule, comm, stages
+        self.schedule, self.comm, self.stages, self.splits = schedule, comm, stages, splits
         self.loss_fn, self.recompute = loss_fn, recompute
         self.inputs, self.targets, self.weights = inputs, targets, weights
         self.losses: list[Tensor] = []
         self._held: dict[tuple[int, int], Held] = {}
-        self._put_off: dict[tuple[int, int], SplitBackward] = {}
+        self._put_off: dict[tuple[int, int], PutOff] = {}
         self._expected: dict[Action, Handle[Tensor]] = {}
         self._near: dict[Action, Tensor] = {}  # handed on between two stages of this rank
         self._sent: list[Handle[None]] = []
@@ -155,16 +157,13 @@ class Interpreter:
     def _output(self, action: Action, x: Tensor) -> Held:
         """The output of a stage; that of the last is its micro-batch's share of the mean loss."""
         stage, _, j = action
-        if Action(stage, "I", j) in self.schedule.actions:
-            with SplitBackward() as split:
-                return Held(x, self._compute(stage, j, x), split)
-        return Held(x, self._compute(stage, j, x))
-
-    def _compute(self, stage: int, j: int, x: Tensor) -> Tensor:
+        put_off = None
+        if stage in self.splits:
+            put_off = self.splits[stage].put_off = PutOff()
         y: Tensor = self.stages[stage](x)
-        if stage + 1 < self.schedule.num_stages:
-            return y
-        return self.loss_fn(y, self.targets[j]) * self.weights[j]
+        if stage + 1 == self.schedule.num_stages:
+            y = self.loss_fn(y, self.targets[j]) * self.weights[j]
+        return Held(x, y, put_off)
 
     def _backward(self, action: Action, grad: Tensor | None) -> Tensor | None:
         """The whole backward of a micro-batch, or all but the weight gradients that are put off."""
@@ -172,15 +171,18 @@ class Interpreter:
         held = self._held.pop((stage, j))
         if held.y is None:
             held = self._output(action, held.x)
-        x, y, split = held
+        x, y, put_off = held
         assert y is not None
         if y.requires_grad:  # otherwise nothing from here to the input is trained
             torch.autograd.backward(y, grad)
-        if split is not None:
-            self._put_off[stage, j] = split
+        if action.kind == "I":
+            assert put_off is not None
+            self._put_off[stage, j] = put_off
+        elif put_off is not None:  # a stage that splits some of its backwards
+            put_off.compute()
         if not stage:
             return None
         return torch.zeros_like(x) if x.grad is None else x.grad
 
     def _weight_gradient(self, action: Action, given: Tensor | None) -> None:
-        self._put_off.pop((action.stage, action.microbatch)).finish()
+        self._put_off.pop((action.stage, action.microbatch)).compute()

@@ -20,6 +20,7 @@ from mplab.datasets import Batch
 from mplab.errors import MplabError
 from mplab.models import Stage, cross_entropy, layers, tied_names
 from mplab.parallel.agree import check_agreement
+from mplab.parallel.backward import SplitBackward
 from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.layer_state import put_states, receive_state, send_state, take_state
 from mplab.parallel.serial import LossFunction
@@ -115,6 +116,8 @@ class PipelineParallel:
             s: Stage(self._layers[bounds[s] : bounds[s + 1]], self.comm.device)
             for s in self.schedule.stages(self.comm.rank)
         }
+        in_two_parts = {action.stage for action in self.schedule.actions if action.kind == "I"}
+        self._splits = {s: SplitBackward(stage) for s, stage in self.stages.items() if s in in_two_parts}
         parameters = [p for stage in self.stages.values() for p in stage.parameters()]
         self.optimizer = self._make_optimizer(parameters) if parameters else None
         self._tie()
@@ -213,6 +216,7 @@ class PipelineParallel:
             self.schedule,
             self.comm,
             self.stages,
+            self._splits,
             self.loss_fn,
             self.recompute,
             inputs.to(device).tensor_split(num_parts) if 0 in self.stages else (),
@@ -230,9 +234,12 @@ class PipelineParallel:
         return float(self.comm.broadcast(torch.stack(losses).sum() if losses else None, self.schedule.rank_of[last]))
 
 
+_DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+
+
 def _refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        if isinstance(module, _DROPOUTS) and module.training and module.p > 0:
             raise MplabError(
                 f"recompute=True, but {name} drops activations at random (p = {module.p}), and would drop others the "
                 "second time: set its p to 0, or recompute=False"
