@@ -8,6 +8,9 @@ from mplab.homework.checks import check_pass_right as check_pass_right
 from mplab.homework.checks import check_reduce_scatter as check_reduce_scatter
 from mplab.homework.checks import check_ring_all_reduce as check_ring_all_reduce
 from mplab.homework.checks import check_weighted_mean as check_weighted_mean
+from mplab.homework.cuts import check_optimal_cut as check_optimal_cut
+from mplab.homework.microbatches import check_fastest_num_microbatches as check_fastest_num_microbatches
+from mplab.homework.pipeline import check_one_f_one_b as check_one_f_one_b
 from mplab.homework.report import Line as Line
 from mplab.homework.report import Report as Report
 

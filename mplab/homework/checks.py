@@ -10,7 +10,7 @@ from torch import Tensor
 from mplab.comm.communicator import Communicator
 from mplab.homework import looks
 from mplab.homework.exam import Solution, Trial, attempt
-from mplab.homework.report import Line, Report
+from mplab.homework.report import Complaint, Report, check_all
 
 NUM_RANKS = (1, 2, 3, 4, 5)
 LENGTHS = (12, 7, 3, 60)  # divided by some n, by none but 1, shorter than some n, divided by all
@@ -61,17 +61,17 @@ def check_weighted_mean(solution: WeightedSolution) -> Report:
         return Report("weighted_mean", (), is_written=False)
     finished = [trial for trial in trials if trial.error is None]
 
-    def right(trial: Trial) -> looks.Complaint | None:
+    def right(trial: Trial) -> Complaint | None:
         weights = torch.tensor(NUM_SAMPLES[: trial.num_ranks], dtype=torch.float32)
         mean = weights @ torch.stack(trial.inputs) / weights.sum()
         hint = f"the shares have {', '.join(map(str, NUM_SAMPLES))} samples: a sample counts the same wherever it lies"
         return looks.result(trial, [mean] * trial.num_ranks, hint, tolerance=1e-5)
 
     lines = [
-        _line("every rank finishes", trials, looks.error, f"1 to {len(NUM_SAMPLES)} ranks"),
-        _line("the result is right", finished, right, "shares of different sizes"),
-        _line("the input is left alone", finished, looks.changed_input),
-        _line("the result is a new tensor", finished, looks.aliased),
+        check_all("every rank finishes", trials, looks.error, f"1 to {len(NUM_SAMPLES)} ranks"),
+        check_all("the result is right", finished, right, "shares of different sizes"),
+        check_all("the input is left alone", finished, looks.changed_input),
+        check_all("the result is a new tensor", finished, looks.aliased),
     ]
     return Report("weighted_mean", tuple(lines))
 
@@ -157,30 +157,22 @@ def _grade(
     finished = [trial for trial in honest if trial.error is None]
     # Where ranks block already without it, rendezvous shows nothing new.
     waiting = [attempt(solution, n, LENGTHS[0], rendezvous=True) for n in NUM_RANKS] if finished == trials else []
-    result = _line("the result is right", finished, lambda trial: looks.result(trial, oracle(trial), hint))
+    result = check_all("the result is right", finished, lambda trial: looks.result(trial, oracle(trial), hint))
     spoilt = [attempt(solution, 3, LENGTHS[0], spoil=True)] if waiting and result.outcome == "passed" else []
     tried = f"{NUM_RANKS[0]} to {NUM_RANKS[-1]} ranks, {len(LENGTHS)} lengths"
     number = f"{formula}; {num_hops(4)} with 4 ranks"
-    messages = _line("messages that each rank sends", finished, looks.messages(num_hops, formula), number)
+    messages = check_all("messages that each rank sends", finished, looks.messages(num_hops, formula), number)
     countable = finished if messages.outcome == "passed" else []  # too few messages have few hops, which is no merit
     lines = [
-        _line("only send and recv are used", trials, looks.others),
-        _line("every rank finishes", honest, looks.error, tried),
+        check_all("only send and recv are used", trials, looks.others),
+        check_all("every rank finishes", honest, looks.error, tried),
         result,
-        _line("the input is left alone", finished, looks.changed_input),
-        _line("the result is a new tensor", finished, looks.aliased),
+        check_all("the input is left alone", finished, looks.changed_input),
+        check_all("the result is a new tensor", finished, looks.aliased),
         messages,
-        *(_line(name, finished, look, said) for name, look, said in counts),
-        _line("hops from start to end", countable, looks.hops(num_hops, formula), number),
-        _line("every rank finishes when sends wait for receives", waiting, looks.error),
-        _line("the result comes out of messages", spoilt, looks.spoilt),
+        *(check_all(name, finished, look, said) for name, look, said in counts),
+        check_all("hops from start to end", countable, looks.hops(num_hops, formula), number),
+        check_all("every rank finishes when sends wait for receives", waiting, looks.error),
+        check_all("the result comes out of messages", spoilt, looks.spoilt),
     ]
     return Report(exercise, tuple(lines))
-
-
-def _line(name: str, trials: Sequence[Trial], look: looks.Look, said: str = "") -> Line:
-    """The first trial with a complaint; trials come in the order of their size."""
-    for trial in trials:
-        if (complaint := look(trial)) is not None:
-            return Line(name, "failed", str(trial), *complaint)
-    return Line(name, "passed", expected=said) if trials else Line(name, "not checked")

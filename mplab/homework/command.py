@@ -9,6 +9,9 @@ from pathlib import Path
 
 from mplab.errors import MplabError
 from mplab.homework import checks
+from mplab.homework.cuts import check_optimal_cut
+from mplab.homework.microbatches import check_fastest_num_microbatches
+from mplab.homework.pipeline import check_one_f_one_b
 from mplab.homework.report import Report
 
 CHECKS: dict[str, Callable[..., Report]] = {
@@ -16,6 +19,9 @@ CHECKS: dict[str, Callable[..., Report]] = {
     "weighted_mean": checks.check_weighted_mean,
     "ring_all_reduce": checks.check_ring_all_reduce,
     "reduce_scatter": checks.check_reduce_scatter,
+    "one_f_one_b": check_one_f_one_b,
+    "optimal_cut": check_optimal_cut,
+    "fastest_num_microbatches": check_fastest_num_microbatches,
 }
 
 
@@ -29,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise MplabError(f"{arguments.file} is no file: give the path of the Python file with {arguments.exercise}")
     solution = runpy.run_path(str(arguments.file)).get(arguments.exercise)
     if not callable(solution):
-        raise MplabError(f"{arguments.file} defines no function {arguments.exercise}(comm, x)")
+        raise MplabError(f"{arguments.file} defines no function {arguments.exercise}: it is what the exercise asks for")
     report = CHECKS[arguments.exercise](solution)
     print(report)
     return 0 if report.passed else 1

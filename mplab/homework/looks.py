@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +11,9 @@ from torch import Tensor
 from mplab.comm.hops import steps
 from mplab.errors import CommTimeout, Deadlock
 from mplab.homework.exam import ITEM_BYTES, Trial
+from mplab.homework.report import Complaint
 from mplab.plan import cost
 from mplab.plan.traffic import chunk_lengths
-
-
-class Complaint(NamedTuple):
-    """What is wrong in one trial."""
-
-    expected: str
-    seen: str
-    hint: str
-
 
 Look = Callable[[Trial], Complaint | None]
 

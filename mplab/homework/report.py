@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 Outcome = Literal["passed", "failed", "not checked"]
+T = TypeVar("T")
+
+
+class Complaint(NamedTuple):
+    """What is wrong in one trial."""
+
+    expected: str
+    seen: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -72,3 +81,11 @@ class Report:
                 for key in ("case", "expected", "seen", "hint"):
                     if text := getattr(line, key):
                         yield f"            {key + ':':<10}" + text.replace("\n", "\n" + " " * 22)
+
+
+def check_all(name: str, trials: Sequence[T], look: Callable[[T], Complaint | None], said: str = "") -> Line:
+    """The first trial with a complaint; trials come in the order of their size, and print as their case."""
+    for trial in trials:
+        if (complaint := look(trial)) is not None:
+            return Line(name, "failed", str(trial), *complaint)
+    return Line(name, "passed", expected=said) if trials else Line(name, "not checked")

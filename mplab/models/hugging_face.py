@@ -76,11 +76,17 @@ def chain(model: nn.Module) -> list[Layer]:
     """
     name = _class_name(model)
     assert name is not None
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     _check(name, model, config)
     base, head = HEADS[name]
     prefix = f"{base}." if base else ""
-    family = next(family for start, family in FAMILIES.items() if name.startswith(start))
+    start, family = next((start, family) for start, family in FAMILIES.items() if name.startswith(start))
+    inner = model.get_submodule(base)
+    if _class_name(inner) != f"{start}Model":
+        raise MplabError(
+            f"{base} of this {name} is a {type(inner).__name__}, which is not run as a {start}Model is: put the layers "
+            "of this model, in order, in an nn.Sequential"
+        )
 
     def parts(*paths: str) -> dict[str, nn.Module]:
         return {path: model.get_submodule(path) for path in paths}

@@ -78,11 +78,11 @@ class Stage(nn.Module):
         super().__init__()
         if not layers:
             raise MplabError("a stage of 0 layers: it needs one or more, so have at most as many stages as layers")
-        self._layers = copy.deepcopy(list(layers))
-        for layer in self._layers:
+        self._chain = copy.deepcopy(list(layers))  # not "layers", which is the name of a module in many a model
+        for layer in self._chain:
             for path, part in layer.parts.items():
                 self._place(path, part)
-        self.training = any(part.training for layer in self._layers for part in layer.parts.values())
+        self.training = any(part.training for layer in self._chain for part in layer.parts.values())
         if device is not None:
             tensors: Iterator[tuple[str, Tensor]] = itertools.chain(self.named_parameters(), self.named_buffers())
             for name, tensor in tensors:
@@ -96,21 +96,16 @@ class Stage(nn.Module):
     def _place(self, path: str, part: nn.Module) -> None:
         """Make `part` found under `path`, by way of empty modules."""
         *outer, last = path.split(".")
-        modules = self._modules  # not add_module(): a model's "layers" or "forward" is the name of an attribute here
+        modules = self._modules
         for name in outer:
             inner = modules.setdefault(name, nn.Module())
             assert inner is not None
             modules = inner._modules
         modules[last] = part
 
-    @property
-    def layers(self) -> list[Layer]:
-        """The stage's own copies of its layers."""
-        return self._layers
-
     def forward(self, x: Tensor) -> Tensor:
         """The input of the first layer -> the output of the last."""
-        for layer in self._layers:
+        for layer in self._chain:
             x = layer(x)
         return x
 

@@ -9,11 +9,9 @@ from math import lcm
 
 
 def best_cuts(
-    weights: Sequence[Fraction],
-    rates: Sequence[Fraction],
+    weights: Sequence[Sequence[Fraction]],
     edges: Sequence[Fraction] | None = None,
-    memory: Sequence[Fraction] | None = None,
-    limits: Sequence[Fraction] | None = None,
+    shares: Sequence[Sequence[Fraction]] | None = None,
 ) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
     """The first layer of each stage but the first, and the load of each stage.
 
@@ -22,37 +20,29 @@ def best_cuts(
     does not change which of two lists comes first. That is O(p n²) steps, of which most are never taken.
 
     Args:
-        weights: of each layer (n), 0 or more.
-        rates: of each stage (p), above 0: it needs weight / rate.
-        edges: n - 1 numbers, 0 or more: what a cut after layer i costs each of its two stages; None: all 0.
-        memory: of each layer, 0 or more; None: all 0.
-        limits: of each stage: the most memory of its layers; None: there are none.
+        weights: p lists of n, 0 or more: what a layer adds to the load of that stage.
+        edges: n - 1 numbers, 0 or more: what a cut after layer i adds to each of its two stages; None: nothing.
+        shares: p lists of n, 0 or more: what a layer takes of the memory of that stage, which is 1; None: nothing.
 
     Returns:
-        None where nothing fits in the limits.
+        None where nothing fits in the memory.
     """
-    num_layers, num_stages = len(weights), len(rates)
-    zeros = [Fraction(0)] * (num_layers + 1)
-    edges = zeros if edges is None else [Fraction(0), *edges, Fraction(0)]  # now edges[i] is of a cut before layer i
-    held = list(accumulate(memory or zeros[1:], initial=Fraction(0)))
+    num_stages, num_layers = len(weights), len(weights[0])
+    edges = [Fraction(0), *(edges or [Fraction(0)] * (num_layers - 1)), Fraction(0)]  # edges[i]: a cut before layer i
     # All loads as whole numbers of one small unit: as exact as fractions, and fast.
-    unit_of_weights, unit_of_rates = (
-        lcm(*(x.denominator for x in [*weights, *edges])),
-        lcm(*(x.numerator for x in rates)),
-    )
-    unit = unit_of_weights * unit_of_rates
-    sums = [int(x * unit_of_weights) for x in accumulate(weights, initial=Fraction(0))]
-    slowness = [int(unit_of_rates / rate) for rate in rates]
+    unit = lcm(*(x.denominator for row in [*weights, edges] for x in row))
+    sums = [[0, *accumulate(int(x * unit) for x in row)] for row in weights]
     extra = [int(x * unit) for x in edges]
+    held = None if shares is None else [list(accumulate(row, initial=Fraction(0))) for row in shares]
 
     bests: dict[int, tuple[list[int], tuple[int, ...]]] = {0: ([], ())}  # by j: loads, the largest first; cuts
     for stage in range(num_stages):
         nexts: dict[int, tuple[list[int], tuple[int, ...]]] = {}
         for end in range(stage + 1, num_layers - (num_stages - 1 - stage) + 1):
             for start in range(end - 1, stage - 1, -1):
-                load = (sums[end] - sums[start]) * slowness[stage] + extra[end]
+                load = sums[stage][end] - sums[stage][start] + extra[end]
                 is_too_slow = end in nexts and load > nexts[end][0][0]
-                if is_too_slow or (limits is not None and held[end] - held[start] > limits[stage]):
+                if is_too_slow or (held is not None and held[stage][end] - held[stage][start] > 1):
                     break  # and so is any longer stage
                 if start in bests:
                     loads, cuts = bests[start]
@@ -62,5 +52,5 @@ def best_cuts(
     if num_layers not in bests:
         return None
     cuts = bests[num_layers][1]
-    stages = zip((0, *cuts), (*cuts, num_layers), slowness, strict=True)
-    return cuts, tuple(((sums[b] - sums[a]) * slow + extra[a] + extra[b]) / unit for a, b, slow in stages)
+    stages = zip((0, *cuts), (*cuts, num_layers), sums, strict=True)
+    return cuts, tuple((row[end] - row[start] + extra[start] + extra[end]) / unit for start, end, row in stages)

@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 from numbers import Real
 from operator import index
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from mplab.errors import MplabError
 from mplab.plan.balance import best_cuts
@@ -161,7 +161,7 @@ def by_parameters(sizes: Sequence[int], num_stages: int) -> Partition:
         MplabError: more stages than layers, or none; a number out of its range.
     """
     _check_num_stages(len(sizes), num_stages)
-    found = best_cuts(_numbers("sizes", sizes), [Fraction(1)] * num_stages)
+    found = best_cuts([_numbers("sizes", sizes)] * num_stages)
     assert found, "there are no limits"
     return Partition(*found, len(sizes), "parameters")
 
@@ -171,7 +171,7 @@ def by_time(
     num_stages: int,
     speeds: Sequence[float] | None = None,
     boundary_s: Sequence[float] | None = None,
-    memory_bytes: Sequence[float] | None = None,
+    memory_bytes: Sequence[float] | Sequence[Sequence[float]] | None = None,
     memory_limits_bytes: Sequence[float] | None = None,
 ) -> Partition:
     """The slowest stage is as fast as can be; exact, by dynamic programming over the first layers and stages.
@@ -186,7 +186,8 @@ def by_time(
         speeds: of the device of each stage, above 0: a stage takes 1/speed of its time. None: all 1.
         boundary_s: n - 1 times, of a cut between layer i and layer i + 1. Both its stages spend it, whatever their
             speed: each of them sends one message through it and receives one. None: all 0.
-        memory_bytes: of each layer; with `memory_limits_bytes`.
+        memory_bytes: of each layer; or p such lists, one for each stage, where a layer needs more on one stage than
+            on another: 1F1B holds the activations of p - s micro-batches on stage s.
         memory_limits_bytes: of each stage: the most that its layers may need together.
 
     Raises:
@@ -201,34 +202,42 @@ def by_time(
     _check_num_stages(num_layers, num_stages)
     times = _numbers("times_s", times_s)
     rates = _numbers("speeds", [1] * num_stages if speeds is None else speeds, num_stages, above_0=True)
-    edges = _numbers("boundary_s", [0] * (num_layers - 1) if boundary_s is None else boundary_s, num_layers - 1)
-    if (memory_bytes is None) != (memory_limits_bytes is None):
-        raise MplabError("memory_bytes and memory_limits_bytes: give both, bytes of each layer and of each stage")
-    memory = limits = None
-    if memory_bytes is not None and memory_limits_bytes is not None:
-        memory = _numbers("memory_bytes", memory_bytes, num_layers)
-        limits = _numbers("memory_limits_bytes", memory_limits_bytes, num_stages, above_0=True)
-    found = best_cuts(times, rates, edges, memory, limits)
-    if found is None:
-        assert memory is not None
-        assert limits is not None
-        raise MplabError(_too_large(memory, limits))
-    return Partition(*found, num_layers, "s")
-
-
-def _too_large(memory: Sequence[Fraction], limits: Sequence[Fraction]) -> str:
-    found = best_cuts(memory, limits)  # loads are now shares of the limits
-    assert found
-    factor = math.ceil(100 * max(found[1])) / 100
-    return (
-        f"no cut of {len(memory)} layers, {_bytes(sum(memory))} in all and {_bytes(max(memory))} the largest, fits in "
-        f"{len(limits)} stages of {', '.join(_bytes(limit) for limit in limits)}: limits {factor} times "
-        "as large would do; else take more stages, a smaller micro-batch, or recompute the activations"
+    edges = None if boundary_s is None else _numbers("boundary_s", boundary_s, num_layers - 1)
+    memory, limits = _memory(memory_bytes, memory_limits_bytes, num_layers, num_stages)
+    shares = [[size / limit for size in row] for row, limit in zip(memory, limits, strict=True)]
+    found = best_cuts([[time / rate for time in times] for rate in rates], edges, shares or None)
+    if found is not None:
+        return Partition(*found, num_layers, "s")
+    least = best_cuts(shares)
+    assert least, "there are no limits"
+    totals = [sum(row) for row in memory]
+    raise MplabError(
+        f"no cut of {num_layers} layers, {_megabytes(min(totals), max(totals))} in all, fits in {num_stages} stages of "
+        f"{', '.join(_megabytes(limit) for limit in limits)}: limits {math.ceil(100 * max(least[1])) / 100} times as "
+        "large would do; else take more stages, a smaller micro-batch, or recompute the activations"
     )
 
 
-def _bytes(size: float | Fraction) -> str:
-    return f"{float(size) / 1e6:,.3g} MB"
+def _memory(
+    sizes: Sequence[float] | Sequence[Sequence[float]] | None,
+    limits: Sequence[float] | None,
+    num_layers: int,
+    num_stages: int,
+) -> tuple[list[list[Fraction]], list[Fraction]]:
+    """What each layer needs on each stage, and what each stage has; two empty lists where there are no limits."""
+    if sizes is None and limits is None:
+        return [], []
+    if sizes is None or limits is None:
+        raise MplabError("memory_bytes and memory_limits_bytes: give both, bytes of each layer and of each stage")
+    rows: Sequence[Any] = sizes if len(sizes) and isinstance(sizes[0], Sequence) else [sizes] * num_stages
+    if len(rows) != num_stages:
+        raise MplabError(f"memory_bytes has {len(rows)} lists: give one list, or {num_stages}, one a stage")
+    numbers = [_numbers("memory_bytes", row, num_layers) for row in rows]
+    return numbers, _numbers("memory_limits_bytes", limits, num_stages, above_0=True)
+
+
+def _megabytes(*sizes: float | Fraction) -> str:
+    return f"{' to '.join(dict.fromkeys(f'{float(size) / 1e6:,.3g}' for size in sizes))} MB"
 
 
 def _numbers(name: str, values: Sequence[float], count: int | None = None, above_0: bool = False) -> list[Fraction]:

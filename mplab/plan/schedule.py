@@ -122,7 +122,8 @@ def interleaved(rank: int, num_ranks: int, num_microbatches: int, num_chunks: in
     """
     # Micro-batches go through all chunks of a rank in groups of p: then the first of a group is back from the last
     # rank just when the last of the group has left. Where p does not divide m, the last group is filled up with
-    # micro-batches that there are not, and their actions are left out: that can make nobody wait for ever.
+    # micro-batches that there are not, and their actions are left out. That can make nobody wait for ever, but shorter
+    # orders exist then.
     filled = -(-num_microbatches // num_ranks) * num_ranks
     order = [
         (chunk, j)

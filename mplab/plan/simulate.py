@@ -35,6 +35,9 @@ def simulate(
     meanwhile. A rank sends one message and receives one at a time, first come, first served, as an emulated link does;
     stages of one rank need no message. Where k ranks compute on c < k cores, each of them runs at c/k of its speed.
 
+    From three ranks on, where two can send to one, a step may get shorter when a stage or the link gets slower: another
+    message is then the first.
+
     Args:
         schedule: the order of the actions.
         costs: of each stage, on one micro-batch.

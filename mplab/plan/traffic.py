@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mplab.plan.schedule import Schedule
+
 
 class Traffic(NamedTuple):
     """Messages and payload bytes of one rank in one call."""
@@ -57,3 +59,24 @@ def direct_traffic(name: str, rank: int, block_bytes: Sequence[int], root: int |
         case "barrier":
             return Traffic(num_peers, 0, num_peers, 0)
     raise AssertionError(f"no traffic known for {name}")
+
+
+def pipeline_traffic(schedule: Schedule, rank: int, output_bytes: Sequence[int]) -> Traffic:
+    """What a rank exchanges with its neighbours in one step of a pipeline, whatever the order: the loss, the settings
+    and the gradients of tied weights come on top, as collectives.
+
+    For each micro-batch the output of a stage goes to the rank of the next one, and a gradient of the same size comes
+    back; between two stages of one rank nothing is sent.
+
+    Args:
+        schedule: says which stages are on which ranks, and the number of micro-batches.
+        rank: whose traffic.
+        output_bytes: of every stage but the last, for the whole batch.
+    """
+    num_messages = size_bytes = 0
+    for stage, size in enumerate(output_bytes):
+        ends = schedule.rank_of[stage], schedule.rank_of[stage + 1]
+        if ends[0] != ends[1] and rank in ends:
+            num_messages += schedule.num_microbatches
+            size_bytes += size
+    return Traffic(num_messages, size_bytes, num_messages, size_bytes)

@@ -1,0 +1,112 @@
+"""Runs a learner's function that needs no ranks, for a limited number of steps, and keeps what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+from mplab.homework.report import Complaint
+
+ENDS = "every call ends"
+OWN = "mplab's own is not called"
+ROUNDING = 1e-9
+"""Two times are equal where they differ by less than this share: the sum of floats depends on their order."""
+LIBRARY = str(Path(__file__).parent.parent)
+
+
+class TooManySteps(BaseException):
+    """The function was stopped; no Exception, which it might catch."""
+
+
+@dataclass
+class Attempt:
+    """One call of a solution.
+
+    Args:
+        case: what it was called with, in words.
+        result: what it returned.
+        error: what it raised.
+        borrowed: functions of the library that do the exercise, and that it called.
+        num_steps: lines, calls and returns of Python that it took, those inside the library not counted.
+    """
+
+    case: str
+    result: Any = None
+    error: BaseException | None = None
+    borrowed: tuple[str, ...] = ()
+    num_steps: int = 0
+
+    def __str__(self) -> str:
+        return self.case
+
+
+def attempt(
+    case: str, call: Callable[[], object], max_steps: int, answers: Mapping[CodeType, str] | None = None
+) -> Attempt:
+    """Call it, and stop it after so many steps: they are counted, so that no machine is too slow to pass.
+
+    Args:
+        case: in words.
+        call: what calls the learner's function.
+        max_steps: see `Attempt.num_steps`.
+        answers: code of the library that does the exercise, and its name.
+    """
+    tried, answers = Attempt(case), answers or {}
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        if event == "call":
+            if frame.f_code in answers:
+                tried.borrowed = tuple(dict.fromkeys([*tried.borrowed, answers[frame.f_code]]))
+            if frame.f_code.co_filename.startswith(LIBRARY):
+                return None
+        tried.num_steps += 1
+        if tried.num_steps > max_steps:
+            raise TooManySteps(f"stopped after {max_steps:,} steps")
+        return trace
+
+    before = sys.gettrace()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the function runs some hundred times
+            sys.settrace(trace)
+            tried.result = call()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever it raises is a line of the report, SystemExit too
+        tried.error = error
+    finally:
+        sys.settrace(before)
+    if tried.num_steps > max_steps and not isinstance(tried.error, TooManySteps):
+        tried.error = TooManySteps(f"stopped after {max_steps:,} steps, and it caught that")
+    return tried
+
+
+def error(hint_where_slow: str) -> Callable[[Attempt], Complaint | None]:
+    """Whatever kept a call from its end."""
+
+    def look(tried: Attempt) -> Complaint | None:
+        if tried.error is None:
+            return None
+        if isinstance(tried.error, TooManySteps):
+            return Complaint("an end", str(tried.error), hint_where_slow)
+        seen = "".join(traceback.format_exception_only(tried.error)).strip()
+        return Complaint("no error", seen, "call it like this yourself and read the traceback")
+
+    return look
+
+
+def borrowed(tried: Attempt) -> Complaint | None:
+    """A call of what the library has already."""
+    hint = "write it yourself: what does the work for you has nothing to teach"
+    return Complaint("lines of your own", f"a call of {', '.join(tried.borrowed)}", hint) if tried.borrowed else None
+
+
+def is_written(tried: Sequence[Attempt]) -> bool:
+    """Whether none of the calls found a stub."""
+    return not any(isinstance(t.error, NotImplementedError) for t in tried)
