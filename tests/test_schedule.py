@@ -62,7 +62,7 @@ TABLES = {
     rank 1 |     1F0 1F1 3F0 3B0==== 3F1 3B1==== 1F2 1B0==== 1F3 1B1==== 3F2 3B2==== 3F3 3B3==== 1B2==== 1B3====
     """,
     ("zero_bubble", 3, 4): """
-    rank 0 | F0 F1 F2       I0 W0 F3 I1 W1 I2 W2 I3 W3
+    rank 0 | F0 F1 F2       B0=== F3 B1=== B2=== B3===
     rank 1 |    F0 F1    I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
     rank 2 |       F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
     """,

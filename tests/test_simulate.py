@@ -117,9 +117,10 @@ def test_1f1b_by_hand() -> None:
 
 
 def test_a_backward_without_known_parts_is_halved() -> None:
-    timeline = simulate(build("zero_bubble", 1, 1), [LayerCost("all", 1, 6)])
+    schedule = Schedule("split", (tuple(map(Action.parse, ("0F0", "0I0", "0W0"))),))
+    timeline = simulate(schedule, [LayerCost("all", 1, 6)])
     assert computed(timeline) == [[("F0", 0, 1), ("I0", 1, 4), ("W0", 4, 7)]]
-    timeline = simulate(build("zero_bubble", 1, 1), [LayerCost("all", 1, 6, 4, 1)])
+    timeline = simulate(schedule, [LayerCost("all", 1, 6, 4, 1)])
     assert computed(timeline) == [[("F0", 0, 1), ("I0", 1, 5), ("W0", 5, 6)]]
 
 

@@ -143,7 +143,7 @@ def interleaved(rank: int, num_ranks: int, num_microbatches: int, num_chunks: in
 
 # zero_bubble, p = 3, m = 4
 #
-#   rank 0 | F0 F1 F2       I0 W0 F3 I1 W1 I2 W2 I3 W3
+#   rank 0 | F0 F1 F2       B0=== F3 B1=== B2=== B3===
 #   rank 1 |    F0 F1    I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
 #   rank 2 |       F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 def zero_bubble(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[Action]:
@@ -152,12 +152,13 @@ def zero_bubble(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[Ac
     Reference:
         Qi et al., "Zero bubble pipeline parallelism", ICLR 2024, section 2.1 (ZB-H1).
     """
+    is_first = rank == 0  # nobody waits for what its backward hands on, so it stays in one part
     num_warmup = min(num_ranks - rank, num_microbatches)
     for j in range(num_warmup):
         yield Action(rank, "F", j)
     for j in range(num_microbatches):
-        yield Action(rank, "I", j)
-        if j >= rank:
+        yield Action(rank, "B" if is_first else "I", j)
+        if not is_first and j >= rank:
             yield Action(rank, "W", j - rank)
         if j + num_warmup < num_microbatches:
             yield Action(rank, "F", j + num_warmup)
