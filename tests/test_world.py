@@ -6,9 +6,13 @@ import functools
 import gc
 import math
 import os
+import platform
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from mplab.comm.hub import Channel, Hub, Meeting
 from mplab.comm.threads import SMALL_BYTES, ThreadCommunicator
 from mplab.world import Rank, rungs
 
+ROOT = Path(__file__).parent.parent
 HAS_GPU = torch.cuda.is_available()
 LARGE = SMALL_BYTES // 4 + 1  # float32: above what one rank computes for all
 
@@ -595,3 +600,26 @@ def test_an_asynchronous_collective_that_was_over_before_the_wait_is_on_the_time
     world.run(late_wait)
     for rank in range(3):
         assert {e.lane for e in world.timeline.rank(rank)} == {"wait", "message"}
+
+
+FAULTS = """
+import resource, torch
+from mplab import World
+
+def faults(rank):
+    counts = [resource.getrusage(resource.RUSAGE_THREAD).ru_minflt]
+    for _ in range(12):
+        tensors = [torch.ones(1 << 19) for _ in range(8)]
+        del tensors
+        counts.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt)
+    return counts[-1] - counts[-5]  # in the last four rounds
+
+world = World(2, "cpu")
+print(max(max(world.run(faults)) for _ in range(4)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to")
+def test_ranks_keep_the_memory_of_tensors_that_they_free() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 4096, "16 MiB are 4096 pages, and each of the four rounds would touch most of them anew"

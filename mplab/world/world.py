@@ -24,7 +24,7 @@ from mplab.trace.timeline import Timeline
 from mplab.world import rungs
 from mplab.world.output import RankOutput
 from mplab.world.rank import Rank
-from mplab.world.state import ThreadState, on_device, zero_marks
+from mplab.world.state import ThreadState, keep_freed_memory, on_device, zero_marks
 
 if TYPE_CHECKING:
     from mplab.world.launch import ProcessWorld
@@ -67,6 +67,8 @@ class World:
         self.rung = rungs.choose(n, device, slices)
         self.size = n
         self.devices = self.rung.devices
+        if any(device.type == "cpu" for device in self.devices):
+            keep_freed_memory()
         self.link, self.rendezvous, self.timeout_s = link, rendezvous, timeout_s
         self._profiler: RankProfiler | None = None
         self._recorders: list[Recorder] = []
