@@ -42,7 +42,7 @@ class PutOff:
                 else:
                     weight.grad.addmm_(left.T, right)
             if bias is not None and bias.requires_grad:
-                total = grad.sum(0)
+                total = grad.sum_to_size(bias.shape)  # a bias may be one number for all outputs
                 bias.grad = total if bias.grad is None else bias.grad.add_(total)
 
 
@@ -59,9 +59,16 @@ class SplitBackward:
     def __init__(self, module: nn.Module) -> None:
         self.put_off = PutOff()
         for layer in module.modules():
-            if type(layer) is nn.Linear or type(layer).__name__ == "Conv1D":
+            if _can_split(layer):
                 layer.__class__ = type(f"Split{type(layer).__name__}", (_Split, type(layer)), {})
                 layer.split = self  # type: ignore[assignment]
+
+
+def _can_split(layer: nn.Module) -> bool:
+    """A linear layer whose weights are parameters: those of a spectral norm, for example, are computed from others."""
+    kind = type(layer)
+    is_linear = kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    return is_linear and {"weight", "bias"} <= layer._parameters.keys()
 
 
 class _Split(nn.Module):

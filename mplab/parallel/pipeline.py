@@ -10,7 +10,7 @@ The order is the schedule's and nothing else's: `Interpreter` walks this rank's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,13 @@ class PipelineParallel:
                 f"schedule {schedule.name} is for {schedule.num_ranks} ranks, and this group has {comm.size}: "
                 f"build it for {comm.size}"
             )
+        if not callable(loss_fn):
+            raise MplabError(f"loss_fn is a {type(loss_fn).__name__}: give a function of outputs and targets")
+        if not callable(optimizer):
+            raise MplabError(
+                f"optimizer is a {type(optimizer).__name__}: each rank makes one for its own layers, so give what "
+                "makes it: torch.optim.AdamW, or partial(torch.optim.SGD, lr=0.1)"
+            )
         self.schedule, self.comm, self.loss_fn, self.recompute = schedule, comm, loss_fn, recompute
         self._model, self._layers, self._make_optimizer = model, layers(model), optimizer
         # Every layer's part of the model's state_dict.
@@ -85,7 +92,7 @@ class PipelineParallel:
         ]
         self.cuts = self._check_cuts(cuts)
         if recompute:
-            _refuse_dropout(model)
+            _refuse_recomputation(model)
         check_agreement(
             comm,
             {
@@ -96,6 +103,7 @@ class PipelineParallel:
             },
         )
         self._program = program(schedule, comm.rank)
+        self._options: list[dict[str, Any]] = []
         self._place()
         self._tied.broadcast()
 
@@ -163,11 +171,14 @@ class PipelineParallel:
                 send_state(self.comm, states.pop(i), dst)
             elif src != dst and me == dst:
                 states[i] = receive_state(self.comm, src)
-        options = [] if self.optimizer is None else self.optimizer.param_groups
+        if self.optimizer is not None:  # a learning rate that was changed, kept while there is nothing to update
+            groups = self.optimizer.param_groups
+            self._options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self._place()
         put_states(states.values(), self.stages.values(), self.optimizer)
-        for group, old in zip([] if self.optimizer is None else self.optimizer.param_groups, options, strict=False):
-            group |= {key: value for key, value in old.items() if key != "params"}  # a learning rate that was changed
+        if self.optimizer is not None:
+            for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
+                group |= options
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's ordinary `state_dict`, on every rank.
@@ -235,12 +246,22 @@ class PipelineParallel:
 
 
 _DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
 
 
-def _refuse_dropout(model: nn.Module) -> None:
+def _refuse_recomputation(model: nn.Module) -> None:
+    """Of what does something else, or once more, when it is computed again."""
     for name, module in model.named_modules():
-        if isinstance(module, _DROPOUTS) and module.training and module.p > 0:
+        if not module.training:
+            continue
+        p = module.p if isinstance(module, _DROPOUTS) else getattr(module, "attention_dropout", None)
+        if isinstance(p, float) and p > 0:
             raise MplabError(
-                f"recompute=True, but {name} drops activations at random (p = {module.p}), and would drop others the "
-                "second time: set its p to 0, or recompute=False"
+                f"recompute=True, but {name} drops activations at random (p = {p}), and would drop others the second "
+                "time: set its p to 0, or recompute=False"
+            )
+        if isinstance(module, _NORMS) and module.track_running_stats:
+            raise MplabError(
+                f"recompute=True, but {name} keeps running means of its inputs, and would count each micro-batch "
+                "twice: set its track_running_stats to False, or recompute=False"
             )

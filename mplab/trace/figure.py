@@ -1,44 +1,63 @@
-"""A timeline drawn with plotly: one row a rank."""
+"""Timelines drawn with plotly: one row a rank; a prediction stands outlined above what was measured."""
 
 from __future__ import annotations
 
 import html
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from mplab.errors import MplabError
 from mplab.trace.event import LANES, Event, Lane
 from mplab.trace.intervals import merge, overlap_s
-from mplab.trace.units import format_s, unit_of
+from mplab.trace.units import format_s, signed_s, unit_of
 
 _ROW_PX = 44
+_PART_PX = 28
 _LINE_PX = 17  # of a note
 _HEADING_PX = 21  # a line of the title
 _LEGEND_PX = 19  # a line of the legend
 _NARROW_PLOT_PX = 480  # what the axes get in a figure 600 px wide; a label that fits there fits everywhere
+_SAME_S = 1e-10  # below the clock's nanosecond: simulated times that should be equal differ by rounding
 _CHARACTER_PX = 6.6  # of the labels' font, 11 px high
 
 
 class _Look(NamedTuple):
     fill: str
     text: str
+    line: str
+    line_px: float = 0.6
 
 
 # After Okabe and Ito, whose colours the colour-blind tell apart. Hatching and height tell the lanes apart without any
 # colour, and lightness what was computed.
 _LOOKS: dict[Lane, tuple[_Look, ...]] = {
     "compute": (
-        _Look("#0072B2", "white"),
-        _Look("#8CCBF0", "black"),
-        _Look("#00476F", "white"),
-        _Look("#D5EAF7", "black"),
+        _Look("#0072B2", "white", "#00304B"),
+        _Look("#8CCBF0", "black", "#00304B"),
+        _Look("#00476F", "white", "#00304B"),
+        _Look("#D5EAF7", "black", "#00304B"),
     ),
-    "message": (_Look("#F5C26B", "black"),),
-    "wait": (_Look("#EDEDED", "black"),),
+    "message": (_Look("#F5C26B", "black", "#8A5A00"),),
+    "wait": (_Look("#EDEDED", "black", "#707070"),),
 }
-_OUTLINE: dict[Lane, str] = {"compute": "#00304B", "message": "#8A5A00", "wait": "#707070"}
+_PREDICTED = _Look("rgba(0,0,0,0)", "black", "#222222")
 _HATCHING: dict[Lane, str] = {"compute": "", "message": "/", "wait": "x"}
+
+
+class Band(NamedTuple):
+    """The part of every rank's row that one timeline gets.
+
+    Args:
+        centre: distance from the row's middle, in rows; below 0 is above.
+        height: of a compute event, in rows.
+        is_outlined: drawn as outlines, without its waits: for what did not happen.
+    """
+
+    centre: float = 0.0
+    height: float = 0.8
+    is_outlined: bool = False
 
 
 class _Bar(NamedTuple):
@@ -50,54 +69,74 @@ class _Bar(NamedTuple):
 
 def draw(events: Sequence[Event], num_ranks: int, notes: Sequence[str], title: str | None) -> Any:
     """Draw events that come in the order of their starts: six sets of bars and one of labels at most, however many."""
+    return draw_bands([(events, Band())], num_ranks, notes, title, _ROW_PX)
+
+
+def draw_bands(
+    bands: Sequence[tuple[Sequence[Event], Band]], num_ranks: int, notes: Sequence[str], title: str | None, row_px: int
+) -> Any:
+    """Draw several lists of events on the same axes, each in its part of the rows.
+
+    Args:
+        bands: events in the order of their starts, and where they are drawn.
+        num_ranks: number of rows.
+        notes: what stands under the figure.
+        title: what stands above it.
+        row_px: height of a row.
+    """
     try:
         import plotly.graph_objects as go
     except ImportError:
         raise MplabError('a figure needs plotly: pip install "mplab[lab]", or print(timeline.summary()).') from None
-    end_s = max((e.end_s for e in events), default=0.0)
-    start_s = min([0.0, *(e.start_s for e in events)])
+    all_events = [event for events, _ in bands for event in events]
+    end_s = max((e.end_s for e in all_events), default=0.0)
+    start_s = min([0.0, *(e.start_s for e in all_events)])
     unit, unit_s = unit_of(end_s - start_s)
     figure = go.Figure()
     labels: list[tuple[float, float, str, str]] = []
-    thin = [
-        merge((e.start_s, e.end_s) for e in events if e.rank == rank and e.lane != "compute")
-        for rank in range(num_ranks)
-    ]
-    for name, lane, look, bars in _sets(events):
-        figure.add_bar(
-            orientation="h",
-            name=name,
-            y=[bar.centre for bar in bars],
-            width=[bar.height for bar in bars],
-            base=[bar.event.start_s / unit_s for bar in bars],
-            x=[bar.event.duration_s / unit_s for bar in bars],
-            hovertext=[_hover(bar.event) for bar in bars],
-            hoverinfo="text",
-            marker={
-                "color": look.fill,
-                "line": {"color": _OUTLINE[lane], "width": 0.6},
-                "pattern": {"shape": _HATCHING[lane], "fgcolor": _OUTLINE[lane], "size": 6, "solidity": 0.15},
-            },
-        )
-        for event, centre, _, is_inner in bars:
-            label = _label(event, _NARROW_PLOT_PX * event.duration_s / (end_s - start_s or 1.0)) if is_inner else ""
-            if label:
-                is_covered = lane == "compute" and overlap_s([(event.start_s, event.end_s)], thin[event.rank]) > 0
-                middle = (event.start_s + event.end_s) / 2 / unit_s
-                labels.append((middle, centre - 0.2 * is_covered, label, look.text))
+    for events, band in bands:
+        thin = [
+            merge((e.start_s, e.end_s) for e in events if e.rank == rank and e.lane != "compute")
+            for rank in range(num_ranks)
+        ]
+        for name, lane, look, bars in _outlined(events, band) if band.is_outlined else _filled(events, band):
+            figure.add_bar(
+                orientation="h",
+                name=name,
+                y=[bar.centre for bar in bars],
+                width=[bar.height for bar in bars],
+                base=[bar.event.start_s / unit_s for bar in bars],
+                x=[bar.event.duration_s / unit_s for bar in bars],
+                hovertext=[_hover(bar.event, "predicted " * band.is_outlined) for bar in bars],
+                hoverinfo="text",
+                marker={
+                    "color": look.fill,
+                    "line": {"color": look.line, "width": look.line_px},
+                    "pattern": {"shape": _HATCHING[lane], "fgcolor": look.line, "size": 6, "solidity": 0.15},
+                },
+            )
+            for event, centre, _, is_inner in bars:
+                label = _label(event, _NARROW_PLOT_PX * event.duration_s / (end_s - start_s or 1.0)) if is_inner else ""
+                if label:
+                    is_covered = (
+                        lane == "compute" and overlap_s([(event.start_s, event.end_s)], thin[event.rank]) > _SAME_S
+                    )
+                    middle = (event.start_s + event.end_s) / 2 / unit_s
+                    labels.append((middle, centre - band.height / 4 * is_covered, label, look.text))
     if labels:
         x, y, text, color = zip(*labels, strict=True)
         font = {"size": 11, "color": color}
         figure.add_scatter(x=x, y=y, text=text, mode="text", textfont=font, hoverinfo="skip", showlegend=False)
-    _lay_out(figure, num_ranks, notes, title)
-    figure.update_xaxes(range=[start_s / unit_s, end_s / unit_s * 1.005 or 1.0], title=f"time in {unit}")
+    _lay_out(figure, num_ranks, notes, title, row_px)
+    margin_s = 0.004 * (end_s - start_s) * any(band.is_outlined for _, band in bands)  # half an outline is a line too
+    figure.update_xaxes(range=[(start_s - margin_s) / unit_s, end_s / unit_s * 1.005 or 1.0], title=f"time in {unit}")
     return figure
 
 
-def _sets(events: Sequence[Event]) -> Iterator[tuple[str, Lane, _Look, list[_Bar]]]:
+def _filled(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _Look, list[_Bar]]]:
     """What is drawn alike: every lane, and within the compute lane every name (names beyond the fourth share looks)."""
     for lane in LANES:
-        bars = _bars([e for e in events if e.lane == lane])
+        bars = _bars([e for e in events if e.lane == lane], band)
         looks = _LOOKS[lane]
         names = list(dict.fromkeys(bar.event.name for bar in bars))
         for i, look in enumerate(looks[: len(names)]):
@@ -111,20 +150,30 @@ def _sets(events: Sequence[Event]) -> Iterator[tuple[str, Lane, _Look, list[_Bar
             )
 
 
-def _bars(events: Sequence[Event]) -> list[_Bar]:
-    """The bars of one lane: computation fills the row, what is nested in it less; the rest gets the lower half."""
+def _outlined(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _Look, list[_Bar]]]:
+    """Work and messages; where nothing is drawn, a rank is predicted to wait."""
+    kinds: tuple[tuple[Lane, str, float], ...] = (("compute", "predicted", 1.6), ("message", "predicted message", 0.8))
+    for lane, name, line_px in kinds:
+        bars = _bars([e for e in events if e.lane == lane], band)
+        if bars:
+            yield name, lane, _PREDICTED._replace(line_px=line_px), bars
+
+
+def _bars(events: Sequence[Event], band: Band) -> list[_Bar]:
+    """The bars of one lane: computation fills the band, what is nested in it less; the rest gets the lower half."""
     bars: list[_Bar] = []
     outer: dict[int, list[tuple[float, int]]] = {}
     for number, event in enumerate(events):
         stack = outer.setdefault(event.rank, [])
-        while stack and stack[-1][0] <= event.start_s:
+        while stack and stack[-1][0] <= event.start_s + _SAME_S:
             stack.pop()
+        middle = event.rank + band.centre
         if event.lane == "compute":
             if stack:
                 bars[stack[-1][1]] = bars[stack[-1][1]]._replace(is_inner=False)
-            bars.append(_Bar(event, event.rank, max(0.8 - 0.2 * len(stack), 0.4), True))
+            bars.append(_Bar(event, middle, band.height * max(1 - 0.25 * len(stack), 0.5), True))
         else:
-            bars.append(_Bar(event, event.rank + 0.2, 0.4, True))
+            bars.append(_Bar(event, middle + band.height / 4, band.height / 2, True))
         stack.append((event.end_s, number))
     return bars
 
@@ -138,8 +187,8 @@ def _label(event: Event, width_px: float) -> str:
     return next((html.escape(n) for n in names if len(n) * _CHARACTER_PX + 4 <= width_px), "")
 
 
-def _hover(event: Event) -> str:
-    lines = [f"<b>{html.escape(event.name)}</b> ({event.lane}, rank {event.rank})"]
+def _hover(event: Event, kind: str) -> str:
+    lines = [f"<b>{html.escape(event.name)}</b> ({kind}{event.lane}, rank {event.rank})"]
     if event.microbatch is not None:
         lines.append(f"micro-batch {event.microbatch}")
     if event.size_bytes:
@@ -147,14 +196,56 @@ def _hover(event: Event) -> str:
     return "<br>".join([*lines, f"{format_s(event.duration_s)}, from {format_s(event.start_s)}"])
 
 
-def _lay_out(figure: Any, num_ranks: int, notes: Sequence[str], title: str | None) -> None:
+def draw_parts(parts: Sequence[tuple[str, float]], total: str, notes: Sequence[str], title: str) -> Any:
+    """Draw (name, seconds) as bars below each other, each beginning where the one above ends, and last their sum.
+
+    The names beside them say how many seconds; a part that takes time off is hatched.
+    """
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise MplabError('a figure needs plotly: pip install "mplab[lab]", or print(comparison).') from None
+    ends = list(accumulate((seconds for _, seconds in parts), initial=0.0))
+    starts, lengths = [*ends[:-1], 0.0], [*(seconds for _, seconds in parts), ends[-1]]
+    names = [*(f"{html.escape(name)} {signed_s(seconds)}" for name, seconds in parts), f"{total} {format_s(ends[-1])}"]
+    unit, unit_s = unit_of(max(ends) - min(ends))
+    part, whole = _LOOKS["compute"][1], _LOOKS["compute"][0]
+    figure = go.Figure()
+    figure.add_bar(
+        orientation="h",
+        y=list(range(len(names))),
+        width=0.7,
+        base=[start / unit_s for start in starts],
+        x=[length / unit_s for length in lengths],
+        hovertext=names,
+        hoverinfo="text",
+        showlegend=False,
+        marker={
+            "color": [*(part.fill for _ in parts), whole.fill],
+            "line": {"color": part.line, "width": 1},
+            "pattern": {"shape": ["/" if length < 0 else "" for length in lengths], "fgcolor": part.line, "size": 6},
+        },
+    )
+    _lay_out(figure, len(names), notes, title, _PART_PX)
+    left_px = 20 + int(_CHARACTER_PX * max(map(len, names)))
+    for annotation in figure.layout.annotations:
+        annotation.update(xshift=figure.layout.margin.l - left_px)
+    figure.update_layout(margin_l=left_px)
+    figure.update_yaxes(ticktext=names)
+    low, high = min(ends) / unit_s, max(ends) / unit_s
+    figure.update_xaxes(range=[low, high + 0.005 * (high - low) or 1.0], title=f"time in {unit}")
+    return figure
+
+
+def _lay_out(figure: Any, num_ranks: int, notes: Sequence[str], title: str | None, row_px: int) -> None:
     """Stack title, legend, rows, axis and notes in pixels, so that none meets another at any width from 600 px on."""
     heading = textwrap.wrap(title or "", 66)
     remarks = wrapped(notes)
     legend_top = 6 + _HEADING_PX * len(heading)
-    top = legend_top + 23 + _LEGEND_PX * _legend_lines([bars.name for bars in figure.data if bars.type == "bar"])
+    legend = [bars.name for bars in figure.data if bars.type == "bar" and bars.showlegend is not False]
+    top = legend_top + (23 + _LEGEND_PX * _legend_lines(legend) if legend else 8)
     bottom = 54 + (_LINE_PX * len(remarks) + 8 if remarks else 0)
-    height = num_ranks * _ROW_PX + top + bottom
+    height = num_ranks * row_px + top + bottom
     figure.update_layout(
         height=height,
         margin={"l": 62, "r": 18, "t": top, "b": bottom},

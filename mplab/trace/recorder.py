@@ -70,10 +70,7 @@ class Recorder:
         return [] if self._on_cuda else [HostSpan(*raw[:5]) for raw in self._raw]
 
     def _seconds(self, mark: Mark) -> float:
-        if self._on_cuda:
-            mark.synchronize()
-            return float(self._zero.elapsed_time(mark)) * 1e-3
-        return float(mark - self._zero) * 1e-9
+        return seconds_between(self._zero, mark)
 
 
 class Span:
@@ -109,3 +106,11 @@ def cuda_mark() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Seconds from one mark of a rank to a later one (on CUDA this waits for the device)."""
+    if isinstance(end, int):
+        return float(end - start) * 1e-9
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3

@@ -18,3 +18,8 @@ def format_s(seconds: float) -> str:
     name, size = unit_of(seconds)
     number = seconds / size
     return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f} {name}"
+
+
+def signed_s(seconds: float) -> str:
+    """The same with a sign: "+1.20 ms", "−35.0 µs"."""
+    return f"{'−' if seconds < 0 else '+'}{format_s(abs(seconds))}"
