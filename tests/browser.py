@@ -191,13 +191,44 @@ def jupyterlab(folder: Path) -> Iterator[Jupyter]:
                 server.kill()
 
 
+@contextlib.contextmanager
+def voila(browser: Any, notebook: Path) -> Iterator[Page]:
+    """A notebook as the page that Voila makes of it: its outputs alone. An error of the page is one of the test."""
+    port, log = free_port(), notebook.with_suffix(".log")
+    command = [sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as server:
+        try:
+            wait_until_it_answers(server, f"http://127.0.0.1:{port}/voila/static/", log)
+            page, errors = browser.new_page(viewport={"width": 1000, "height": 1000}), []
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            try:
+                page.goto(f"http://127.0.0.1:{port}/", timeout=START_TIMEOUT_S * 1e3)
+                yield page
+            finally:
+                page.close()
+            assert errors == []
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
 def wait_until_it_answers(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while server.poll() is None and time.monotonic() < deadline_s:
-        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(url, timeout=5):
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except urllib.error.HTTPError:  # an answer too
             return
+        except urllib.error.URLError:
+            pass
         time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab did not start within {START_TIMEOUT_S} s:\n{log.read_text()}")
+    raise RuntimeError(f"the server did not start within {START_TIMEOUT_S} s:\n{log.read_text()}")
 
 
 def free_port() -> int:

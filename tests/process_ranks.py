@@ -18,9 +18,12 @@ from typing import Any
 
 import torch
 from conformance import CHECKS, checks_of, groups, ledgers, messages
+from pipelines import ALL_ORDERS, OPTIMIZERS, assert_losses, assert_weights, batches, chain, serial_chain, stages_a_rank
 
 from mplab import Mesh, MplabError, Rank, World
 from mplab.comm.reduction import OPS
+from mplab.parallel import PipelineParallel
+from mplab.plan.partition import by_depth
 from mplab.world.launch import ProcessWorld
 
 TIMEOUT_S = 1.5  # of the worlds in which something hangs
@@ -138,6 +141,44 @@ def backward(world: ProcessWorld) -> Any:
     return world.run(work)[0]
 
 
+def train(rank: Rank) -> list[Any]:
+    """Pipelines that move their layers, held to serial training; losses, weights and messages to the bit."""
+    results: list[Any] = []
+    for order in ("1f1b", "interleaved", "zero_bubble", "last_first", "folded"):
+        cuts = by_depth(8, rank.size * stages_a_rank(order)).cuts
+        elsewhere = (*range(1, len(cuts)), 7)
+        for optimizer, tied in (("sgd", False), ("adamw", True)):
+            trained = serial_chain(optimizer, 4, tied=tied)
+            options = {"num_microbatches": 3, "optimizer": OPTIMIZERS[optimizer], "recompute": order == "1f1b" and tied}
+            pipe = PipelineParallel(chain(tied=tied), cuts, rank.comm, ALL_ORDERS[order], **options)
+            losses = []
+            for batch, there in zip(batches(num_batches=4), (cuts, elsewhere, elsewhere, cuts), strict=True):
+                pipe.move(there)
+                losses.append(pipe.step(batch))
+            assert_losses(losses, trained)
+            assert_weights(pipe, trained)
+            results += [digest(torch.tensor(losses)), *map(digest, pipe.state_dict().values())]
+    return [results, [message[:6] for message in rank.comm.ledger.messages]]
+
+
+def in_two_runs(world: ProcessWorld) -> Any:
+    """A pipeline of one run of the world goes on in the next."""
+    data, trained = batches(num_batches=4), serial_chain("sgd", 4, tied=True)
+    options = {"num_microbatches": 3, "optimizer": OPTIMIZERS["sgd"]}
+    (pipe,) = world.run(lambda rank: PipelineParallel(chain(tied=True), (2,), rank.comm, **options))
+    losses = []
+    for batch, cuts in zip(data, ((2,), (5,), (1,), (4,)), strict=True):
+
+        def go_on(rank: Rank, batch: Any = batch, cuts: Any = cuts) -> float:
+            pipe.connect(rank.comm)
+            pipe.move(cuts)
+            return pipe.step(batch)
+
+        losses += world.run(go_on)
+    assert_losses(losses, trained)
+    return losses
+
+
 # --- faults: each rank's function, by scenario -----------------------------------------------------------------------
 
 
@@ -160,6 +201,14 @@ def raising(rank: Rank) -> None:
         with rank.span("forward"):
             raise KeyError("no such layer")
     rank.comm.all_reduce(X)
+
+
+def raising_in_a_step(rank: Rank) -> None:
+    def loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise KeyError("no such loss")
+
+    options = {"num_microbatches": 3, "optimizer": OPTIMIZERS["sgd"], "loss_fn": loss}
+    PipelineParallel(chain(), (4,), rank.comm, **options).step(batches()[0])
 
 
 def interrupted(rank: Rank) -> None:
@@ -264,6 +313,7 @@ FAULTS: dict[str, Callable[[Rank], Any]] = {
         lambda r: r.comm.all_reduce_(LARGE), lambda r: r.comm.all_reduce_(LARGE.view(2, -1)), lambda r: r.comm.barrier()
     ),
     "raising": raising,
+    "raising_in_a_step": raising_in_a_step,
     "interrupted": interrupted,
     "early": early,
     "ring": ring,
@@ -283,6 +333,8 @@ CHECKED: dict[str, Callable[[ProcessWorld], Any]] = {
     "conformance_of_groups": conformance_of_groups,
     "timeline": timeline,
     "backward": backward,
+    "train": lambda world: world.run(train)[0],
+    "in_two_runs": in_two_runs,
     "late_but_in_time": lambda world: world.run(late_but_in_time),
     "between_runs": lambda world: (world.run(between_runs), world.run(between_runs), SEEN.get("received"))[2],
 }

@@ -30,13 +30,24 @@ HERE = Path(__file__).parent
 DEADLINE_S = 120.0
 PYTHONPATH = os.pathsep.join(path for path in (str(HERE.parent), os.environ.get("PYTHONPATH")) if path)
 
-TWO = ["same", "fabric", "conformance", "backward", "timeline", "between_runs", "late_but_in_time"]
+TWO = [
+    "same",
+    "fabric",
+    "conformance",
+    "backward",
+    "timeline",
+    "between_runs",
+    "late_but_in_time",
+    "train",
+    "in_two_runs",
+]
 FAULTS = [name for name in process_ranks.FAULTS if name not in ("cycle_of_groups", "hanging", "killed")]
 FOUR = [
     "same",
     "fabric",
     "conformance_of_groups",
     "timeline",
+    "train",
     "cycle_of_groups",
     "cycle",
     "early",
@@ -169,6 +180,29 @@ def test_messages_of_one_run_do_not_reach_the_next(two: Launch) -> None:
 
 def test_a_rank_may_end_long_after_the_others(two: Launch) -> None:
     assert two.said("late_but_in_time") == [[None]] * 2
+
+
+# --- pipelines -------------------------------------------------------------------------------------------------------
+
+
+def test_pipelines_train_like_those_of_thread_ranks_to_the_bit(launch: Launch) -> None:
+    """Losses, weights and messages of several schedules, with layers that move between steps."""
+    of_threads = World(launch.num_ranks, "cpu").run(process_ranks.train)
+    for got, want in zip(launch.said("train"), of_threads, strict=True):
+        assert got[0] == want[0]
+        assert got[1] == json.loads(json.dumps(want[1]))
+        assert len(got[0]) > 100
+
+
+def test_a_pipeline_goes_on_in_another_run(two: Launch) -> None:
+    first, second = two.said("in_two_runs")
+    assert first == second == pytest.approx(process_ranks.serial_chain("sgd", 4, tied=True).losses)
+
+
+def test_a_rank_that_raises_in_a_step_says_in_which_action(two: Launch) -> None:
+    waiting, raised = two.said("raising_in_a_step")
+    assert raised["notes"] == ["(rank 1 of 2 in forward of micro-batch 0; all other ranks were told to stop)"]
+    assert (waiting["kind"], "rank 1 failed with KeyError: 'no such loss'" in waiting["text"]) == ("PeerFailure", True)
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

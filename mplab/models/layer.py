@@ -82,6 +82,8 @@ class Stage(nn.Module):
         for layer in self._chain:
             for path, part in layer.parts.items():
                 self._place(path, part)
+        first = [module for part in self._chain[0].parts.values() for module in part.modules()]
+        self._writes_on_input = any(getattr(module, "inplace", False) for module in first)
         self.training = any(part.training for layer in self._chain for part in layer.parts.values())
         if device is not None:
             tensors: Iterator[tuple[str, Tensor]] = itertools.chain(self.named_parameters(), self.named_buffers())
@@ -105,6 +107,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The input of the first layer -> the output of the last."""
+        if self._writes_on_input:  # it belongs to the stage before, or is needed again
+            x = x.clone()
         for layer in self._chain:
             x = layer(x)
         return x

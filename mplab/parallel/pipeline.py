@@ -99,7 +99,7 @@ class PipelineParallel:
                 "cuts": self.cuts,
                 "schedule": [" ".join(map(str, actions)) for actions in schedule.ranks],
                 "recompute": recompute,
-                "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+                "parameters": {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in model.named_parameters()},
             },
         )
         self._program = program(schedule, comm.rank)
@@ -151,6 +151,9 @@ class PipelineParallel:
     def move(self, cuts: Sequence[int]) -> None:
         """Cut elsewhere, between two steps: layers go to their new ranks with the state of their optimizer.
 
+        Stages and optimizer are new objects then. What was set on the old stages by hand, such as `eval()`, is as in
+        the model again.
+
         Args:
             cuts: as at the start; the same on every rank.
 
@@ -161,6 +164,8 @@ class PipelineParallel:
         """
         cuts = self._check_cuts(cuts)
         check_agreement(self.comm, {"cuts": cuts})
+        if cuts == self.cuts:
+            return
         me, before, of_stages = self.comm.rank, self._ranks(), list(self.stages.values())
         states = {
             i: take_state(self._keys[i], of_stages, self.optimizer) for i, rank in enumerate(before) if rank == me

@@ -4,6 +4,7 @@ from mplab.show.figures import all_reduce_times as all_reduce_times
 from mplab.show.figures import format_bytes as format_bytes
 from mplab.show.figures import link_fits as link_fits
 from mplab.show.hops import Hops as Hops
+from mplab.show.split import SplitExplorer as SplitExplorer
 from mplab.show.timing import Timing as Timing
 from mplab.show.timing import time_all_reduce as time_all_reduce
 from mplab.show.widgets import CollectiveExplorer as CollectiveExplorer

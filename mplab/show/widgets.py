@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from typing import Any
 
@@ -17,6 +16,7 @@ from mplab.show.figures import (
     seconds_axis,
     spoken,
 )
+from mplab.show.parts import error_paragraph, ipywidgets_module, paragraph
 from mplab.show.timing import time_all_reduce
 from mplab.trace.units import format_s
 
@@ -56,7 +56,7 @@ class CollectiveExplorer:
             raise MplabError(f"num_ranks={num_ranks}: the explorer has {NUM_RANKS[0]} to {NUM_RANKS[1]}")
         if algorithm not in ALGORITHM_LOOKS:
             raise MplabError(f"algorithm={algorithm!r}: choose one of {', '.join(map(repr, ALGORITHM_LOOKS))}")
-        widgets, go = _ipywidgets(), graph_objects()
+        widgets, go = ipywidgets_module(), graph_objects()
         self.num_ranks = widgets.IntSlider(
             num_ranks, *NUM_RANKS, description="ranks", continuous_update=True, **_wide(widgets)
         )
@@ -136,7 +136,7 @@ class CollectiveExplorer:
             every = [t for times in curves for t in times.values()] + [y for _, _, y in self._measured]
             self.figure.layout.yaxis.range = seconds_axis(every)["range"]
             self.figure.layout.title.text = f"All-reduce over {num_ranks} ranks: predicted time over size"
-        self.words.value = _paragraph("status", self.describe())
+        self.words.value = paragraph("status", self.describe())
 
     def describe(self) -> str:
         """The figure in words: which algorithm wins at the chosen point, and by how much."""
@@ -183,26 +183,11 @@ class CollectiveExplorer:
                 f"{timing.median_s / predicted_s:.3g} times as long. Rank 0 sent {timing.num_messages[0]} messages, "
                 f"{timing.sent_bytes[0]:,} bytes. {'; '.join(timing.notes)}."
             )
-            self.result.value = _paragraph("status", said)
+            self.result.value = paragraph("status", said)
         except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
-            self.result.value = _paragraph("alert", f"{type(error).__name__}: {error}")
+            self.result.value = error_paragraph(error)
         finally:
             self.button.disabled, self.button.description = False, "Run it"
-
-
-def _paragraph(role: str, text: str) -> str:
-    """A text that a screen reader says when it changes."""
-    style = "line-height: 1.5; margin: 0.3em 0; white-space: pre-line"
-    return f'<p role="{role}" aria-live="polite" style="{style}">{html.escape(text)}</p>'
-
-
-def _ipywidgets() -> Any:
-    try:
-        import anywidget  # noqa: F401  plotly's FigureWidget needs it
-        import ipywidgets
-    except ImportError:
-        raise MplabError('an interactive figure needs ipywidgets and anywidget: pip install "mplab[lab]"') from None
-    return ipywidgets
 
 
 def _wide(widgets: Any) -> dict[str, Any]:
