@@ -9,9 +9,9 @@ import torch
 
 from mplab import MplabError
 from mplab.bench import pipeline
-from mplab.bench.saved import SavedBytes
 from mplab.bench.torch_pipeline import NUM_MICROBATCHES, NUM_RANKS
 from mplab.models import seeded
+from mplab.trace.saved import SavedBytes
 
 
 def test_every_schedule_beside_its_peers() -> None:

@@ -27,11 +27,11 @@ import torch
 from mplab.bench import torch_pipeline
 from mplab.bench.all_reduce import call_s
 from mplab.bench.common import Row, compare, paired
-from mplab.bench.saved import SavedBytes
 from mplab.bench.torch_pipeline import CUTS, LEARNING_RATE, NUM_MICROBATCHES, NUM_RANKS, batch, gpt
 from mplab.errors import MplabError
 from mplab.parallel import PipelineParallel, Serial
 from mplab.plan.schedule import build
+from mplab.trace.saved import SavedBytes
 from mplab.trace.timeline import Timeline
 from mplab.world.children import GlooProcesses
 from mplab.world.rank import Rank

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mplab.bench.saved import SavedBytes
 from mplab.models import GPT, GPTConfig, cross_entropy
+from mplab.trace.saved import SavedBytes
 
 NUM_RANKS = 2
 NUM_MICROBATCHES = 8

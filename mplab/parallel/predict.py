@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ class Predictor:
         schedule = self._schedule(schedule, num_microbatches)
         what = (self._model, cuts, schedule, self._batch, self._loss_fn, self._optimizer, recompute, num_steps)
         self.world.run(_train, *what)
-        return median_step(steps(self.world.timeline)[_NUM_WARMUPS:])
+        return replace(median_step(steps(self.world.timeline)[_NUM_WARMUPS:]), title=schedule.name)
 
     def compare(
         self,

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mplab.show.figures import graph_objects, lay_out
-from mplab.trace.compare import Comparison
-from mplab.trace.figure import Band, draw_bands
+from mplab.trace.compare import PREDICTED, ROW_PX, Comparison
+from mplab.trace.figure import draw_bands
 from mplab.trace.timeline import Timeline
 from mplab.trace.units import format_s
 
 _NUM_BARS = 8  # sets of bars in a timeline, at most: 2 predicted, 6 measured
-_ROW_PX, _PREDICTED = 84, Band(centre=-0.22, height=0.36, is_outlined=True)  # as in a Comparison
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")  # of the losses, run by run
 # What two figures of the same kind differ in; an axis that is replaced as a whole loses its range in the browser.
 _CHANGING = (
@@ -40,8 +39,8 @@ class Timelines:
     def _figure(self, predicted: Timeline, measured: Timeline | None) -> Any:
         if measured is None:
             title = f"Predicted {format_s(predicted.makespan_s)}, not measured yet"
-            bands = [(predicted.events, _PREDICTED)]
-            figure = draw_bands(bands, predicted.num_ranks, predicted.notes, title, _ROW_PX)
+            bands = [(predicted.events, PREDICTED)]
+            figure = draw_bands(bands, predicted.num_ranks, predicted.notes, title, ROW_PX)
         else:
             figure = Comparison(predicted, measured, title="Last step").figure()
         self._keep_room(figure, predicted.num_ranks)
@@ -51,7 +50,7 @@ class Timelines:
         """As much room above and below the rows as any figure before it had, so that they stay where they are."""
         layout = figure.layout
         self._above_px, self._below_px = max(self._above_px, layout.margin.t), max(self._below_px, layout.margin.b)
-        before_px, height_px = layout.height, _ROW_PX * num_ranks + self._above_px + self._below_px
+        before_px, height_px = layout.height, ROW_PX * num_ranks + self._above_px + self._below_px
         for part in (layout.title, layout.legend):  # their places are shares of the height
             part.y = 1 - (1 - part.y) * before_px / height_px
         figure.update_layout(autosize=True, height=height_px, margin_t=self._above_px, margin_b=self._below_px)

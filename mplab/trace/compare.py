@@ -12,8 +12,8 @@ from mplab.trace.figure import Band, draw_bands, draw_parts
 from mplab.trace.timeline import Timeline
 from mplab.trace.units import format_s, signed_s
 
-_ROW_PX = 84
-_PREDICTED, _MEASURED = Band(centre=-0.22, height=0.36, is_outlined=True), Band(centre=0.21, height=0.42)
+ROW_PX = 84  # of a rank, in pixels
+PREDICTED, MEASURED = Band(centre=-0.22, height=0.36, is_outlined=True), Band(centre=0.21, height=0.42)
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,9 +87,9 @@ class Comparison:
         Raises:
             MplabError: plotly is not installed.
         """
-        bands = [(self.predicted.events, _PREDICTED), (self.measured.events, _MEASURED)]
+        bands = [(self.predicted.events, PREDICTED), (self.measured.events, MEASURED)]
         title = f"{self._name}: predicted {format_s(self.predicted_s)}, measured {format_s(self.measured_s)}"
-        return draw_bands(bands, self.measured.num_ranks, self.notes, title, _ROW_PX)
+        return draw_bands(bands, self.measured.num_ranks, self.notes, title, ROW_PX)
 
     def parts_figure(self) -> Any:
         """A plotly figure: the parts, each from where the one before ends, and what they add up to.

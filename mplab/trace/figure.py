@@ -152,7 +152,7 @@ def _filled(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _L
 
 def _outlined(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _Look, list[_Bar]]]:
     """Work and messages; where nothing is drawn, a rank is predicted to wait."""
-    kinds: tuple[tuple[Lane, str, float], ...] = (("compute", "predicted", 1.6), ("message", "predicted message", 0.8))
+    kinds: tuple[tuple[Lane, str, float], ...] = (("compute", "predicted", 1.2), ("message", "predicted message", 0.8))
     for lane, name, line_px in kinds:
         bars = _bars([e for e in events if e.lane == lane], band)
         if bars:
