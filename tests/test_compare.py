@@ -58,7 +58,7 @@ def test_the_error_is_a_share_of_what_was_measured() -> None:
 
 
 def test_notes_of_both_stand_there_and_common_ones_once() -> None:
-    assert BOTH.notes == ("predicted, not measured", "measured: emulated link: 50 µs latency, 1 GB/s", SHARED)
+    assert BOTH.notes == ("measured: emulated link: 50 µs latency, 1 GB/s", SHARED)
 
 
 def test_it_prints_as_a_table() -> None:

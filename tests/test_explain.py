@@ -13,6 +13,7 @@ from mplab.plan.partition import LayerCost
 from mplab.plan.schedule import ORDERS, build
 from mplab.plan.simulate import simulate
 from mplab.trace import Event, Timeline
+from mplab.trace.timeline import PREDICTED_NOTE
 
 MS = 1e-3
 NAMES = ["ideal", "imbalance", "transfer", "launch", "shared cores", "unexplained"]
@@ -107,7 +108,8 @@ def test_the_prediction_has_the_schedules_name_and_says_that_it_is_one() -> None
     schedule = build("zero_bubble", 3, 4)
     comparison = explain(schedule, [stage(1, 2)] * 3, measured(3, 20), Link(1e-5, 1e9), cores=2)
     assert comparison.predicted.title == "zero_bubble"
-    assert comparison.notes[0] == "predicted, not measured"
+    assert comparison.predicted.notes[0] == PREDICTED_NOTE
+    assert PREDICTED_NOTE not in comparison.notes, "the figure of both says which is which"
     assert any("share 2 cores" in note for note in comparison.notes)
 
 

@@ -16,7 +16,7 @@ from mplab.plan.cost import Link
 from mplab.plan.partition import LayerCost
 from mplab.plan.schedule import Action, Schedule
 from mplab.trace.event import Event
-from mplab.trace.timeline import Timeline
+from mplab.trace.timeline import PREDICTED_NOTE, Timeline
 
 FREE = Link(0.0, math.inf)
 
@@ -62,7 +62,7 @@ def simulate(
         raise MplabError(f"cores={cores!r}: ranks share a whole number of cores, 1 or more; None is a core a rank")
     if not (isinstance(launch_s, int | float) and 0 <= launch_s < math.inf):
         raise MplabError(f"launch_s={launch_s!r}: a launch takes 0 seconds or more (20e-6 is 20 µs)")
-    notes = ["predicted, not measured"]
+    notes = [PREDICTED_NOTE]
     num_computing = sum(map(bool, schedule.ranks))
     if cores is not None and cores < num_computing:
         sharing = f"{num_computing} ranks share {cores} core{'s' * (cores > 1)}"

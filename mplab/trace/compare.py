@@ -9,7 +9,7 @@ from typing import Any
 
 from mplab.errors import MplabError
 from mplab.trace.figure import Band, draw_bands, draw_parts
-from mplab.trace.timeline import Timeline
+from mplab.trace.timeline import PREDICTED_NOTE, Timeline
 from mplab.trace.units import format_s, signed_s
 
 ROW_PX = 84  # of a rank, in pixels
@@ -72,10 +72,10 @@ class Comparison:
         """What the two timelines cannot prove; what is true of both stands there once."""
         both = [note for note in self.measured.notes if note in self.predicted.notes]
         one = [
-            note if note.startswith(name) else f"{name}: {note}"
+            f"{name}: {note}"
             for name, timeline in (("predicted", self.predicted), ("measured", self.measured))
             for note in timeline.notes
-            if note not in both
+            if note not in both and note != PREDICTED_NOTE  # the figure says which is which
         ]
         return (*one, *both)
 

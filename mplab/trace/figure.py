@@ -20,6 +20,7 @@ _HEADING_PX = 21  # a line of the title
 _LEGEND_PX = 19  # a line of the legend
 _NARROW_PLOT_PX = 480  # what the axes get in a figure 600 px wide; a label that fits there fits everywhere
 _SAME_S = 1e-10  # below the clock's nanosecond: simulated times that should be equal differ by rounding
+_COVERED = 0.1  # of a bar's length: what lies over less of it leaves the label in its middle alone
 _CHARACTER_PX = 6.6  # of the labels' font, 11 px high
 
 
@@ -118,9 +119,8 @@ def draw_bands(
             for event, centre, _, is_inner in bars:
                 label = _label(event, _NARROW_PLOT_PX * event.duration_s / (end_s - start_s or 1.0)) if is_inner else ""
                 if label:
-                    is_covered = (
-                        lane == "compute" and overlap_s([(event.start_s, event.end_s)], thin[event.rank]) > _SAME_S
-                    )
+                    covered_s = overlap_s([(event.start_s, event.end_s)], thin[event.rank])
+                    is_covered = lane == "compute" and covered_s > _COVERED * event.duration_s
                     middle = (event.start_s + event.end_s) / 2 / unit_s
                     labels.append((middle, centre - band.height / 4 * is_covered, label, look.text))
     if labels:

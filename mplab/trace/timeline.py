@@ -16,6 +16,8 @@ from mplab.trace.figure import draw
 from mplab.trace.intervals import length_s, merge, overlap_s
 from mplab.trace.units import format_s
 
+PREDICTED_NOTE = "predicted, not measured"
+
 
 @dataclass(frozen=True)
 class RankSummary:
