@@ -24,6 +24,7 @@ from mplab.show import SplitExplorer
 from mplab.show.cut_bar import cut_bar_class, shares
 from mplab.show.forecast import Choice, Forecaster
 from mplab.show.parts import error_paragraph
+from mplab.trace.timeline import PREDICTED_NOTE
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -173,9 +174,10 @@ def test_the_figure_says_what_the_machine_cannot_prove(
     shared = simulate(build("1f1b", 2, 4), stage_costs(costs_of(gpt(), 4), (4,)), cores=1)
     assert explorer.predicted().timeline.events == shared.events
     assert texts(explorer.figure).count("2 ranks share 1 core: times are not speed-ups") == 1
+    assert PREDICTED_NOTE in texts(explorer.figure)
     explorer.run_button.click()
     assert texts(explorer.figure).count("2 ranks share 1 core: times are not speed-ups") == 1
-    assert "predicted, not measured" in texts(explorer.figure)
+    assert PREDICTED_NOTE not in texts(explorer.figure), "what was measured is drawn over it"
 
 
 # --- the controls -----------------------------------------------------------------------------------------------------
