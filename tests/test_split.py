@@ -221,7 +221,7 @@ def test_the_words_say_it_all(make: Callable[..., SplitExplorer]) -> None:
     predicted = explorer.predicted()
     assert explorer.describe() == (
         "1F1B, 2 ranks, 4 micro-batches. A micro-batch forward and backward: "
-        "stage 0 on rank 0 is embedding to blocks.1, 4.50 ms; stage 1 on rank 1 is blocks.2 to head, 11.3 ms.\n"
+        "stage 0 on rank 0 is embedding to blocks.1, 4.50 ms; stage 1 on rank 1 is blocks.2 to head, 11.2 ms.\n"
         f"Predicted: {predicted.timeline.makespan_s * 1e3:.1f} ms a step, L = 1.42, "
         f"bubble {100 * predicted.bubble:.0f} % (equal stages: 20 %). The slowest stage is fastest if cut before "
         f"blocks.3: {explorer._forecaster.forecast(Choice((4,), '1f1b', 4, False)).timeline.makespan_s * 1e3:.1f} ms "

@@ -175,7 +175,16 @@ def test_the_description_says_in_words_what_the_figure_shows() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0.00 s"), (3.21e-9, "3.21 ns"), (999e-9, "999 ns"), (1e-6, "1.00 µs"), (12.34e-3, "12.3 ms"), (75, "75.0 s")],
+    [
+        (0, "0.00 s"),
+        (3.21e-9, "3.21 ns"),
+        (999e-9, "999 ns"),
+        (999.7e-9, "1.00 µs"),
+        (9.999e-9, "10.0 ns"),
+        (1e-6, "1.00 µs"),
+        (12.34e-3, "12.3 ms"),
+        (75, "75.0 s"),
+    ],
 )
 def test_seconds_as_people_read_them(seconds: float, text: str) -> None:
     assert format_s(seconds) == text

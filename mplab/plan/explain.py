@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from math import fsum
 
 from mplab.plan.cost import Link
 from mplab.plan.partition import LayerCost
@@ -48,12 +49,12 @@ def explain(
     )
     parts: list[tuple[str, float]] = []
     for name, timeline in levels:  # each minus the sum so far: then the sum of all is the last one
-        parts.append((name, timeline.makespan_s - sum(seconds for _, seconds in parts)))
+        parts.append((name, timeline.makespan_s - fsum(seconds for _, seconds in parts)))
     return Comparison(levels[-1][1], measured, parts)
 
 
 def _equal(costs: Sequence[LayerCost]) -> list[LayerCost]:
     """As many stages, each with the mean of all times."""
     seconds = [field.name for field in fields(LayerCost) if field.name.endswith("_s")]
-    mean = LayerCost("equal", **{name: sum(getattr(c, name) for c in costs) / len(costs) for name in seconds})
+    mean = LayerCost("equal", **{name: fsum(getattr(c, name) for c in costs) / len(costs) for name in seconds})
     return [mean] * len(costs)

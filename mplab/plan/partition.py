@@ -90,7 +90,10 @@ def stage_costs(layers: Sequence[LayerCost], cuts: Iterable[SupportsIndex]) -> l
     for start, end in _stages(cuts, len(layers)):
         stage = layers[start:end]
         name = stage[0].name if len(stage) == 1 else f"{stage[0].name} to {stage[-1].name}"
-        sums = {field.name: sum(getattr(layer, field.name) for layer in stage) for field in fields(LayerCost)[1:]}
+        sums = {
+            name: (math.fsum if name.endswith("_s") else sum)(getattr(layer, name) for layer in stage)
+            for name in (field.name for field in fields(LayerCost)[1:])
+        }
         costs.append(LayerCost(name, **{**sums, "output_bytes": stage[-1].output_bytes}))
     return costs
 

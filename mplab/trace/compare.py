@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import fsum
 from typing import Any
 
 from mplab.errors import MplabError
@@ -65,7 +66,7 @@ class Comparison:
     @property
     def parts(self) -> tuple[tuple[str, float], ...]:
         """The causes and "unexplained"; added up in this order they are the measured time."""
-        return (*self.causes, ("unexplained", self.measured_s - sum(seconds for _, seconds in self.causes)))
+        return (*self.causes, ("unexplained", self.measured_s - fsum(seconds for _, seconds in self.causes)))
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ def unit_of(seconds: float) -> tuple[str, float]:
 
 def format_s(seconds: float) -> str:
     """Three digits and a unit: "12.3 ms"."""
-    name, size = unit_of(seconds)
+    name, size = unit_of(seconds / 0.9995)  # 999.7 µs are 1.00 ms, not 1000 µs
     number = seconds / size
-    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f} {name}"
+    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f} {name}"
 
 
 def signed_s(seconds: float) -> str:
