@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from schedule_search import shortest
 
 from mplab.errors import MplabError
-from mplab.plan import schedule as module
+from mplab.plan import orders as module
 from mplab.plan.schedule import KINDS, ORDERS, Action, Order, Schedule, build, interleaved
 
 SIZES = [(p, m) for p in range(1, 6) for m in range(1, 10)]
