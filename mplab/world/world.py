@@ -39,6 +39,8 @@ GRACE_S = 0.9
 class World:
     """`n` ranks on the best rung that this machine has: a GPU each, streams of one GPU, or CPU threads.
 
+    From the first world with ranks on a CPU on, the process keeps the memory that tensors free (`keep_freed_memory`).
+
     Args:
         n: number of ranks; more than cores or GPUs is fine, and the figures say so.
         device: "auto", "cpu", "cuda" or one GPU such as "cuda:0".
