@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,21 +174,12 @@ def jupyterlab(folder: Path) -> Iterator[Jupyter]:
     }
     environment.pop("PYTEST_CURRENT_TEST", None)  # a kernel that sees it captures no output of child processes
     log = config / "server.log"
-    with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as server:
+    with running(command, environment, f"{address}/api/status?token={token}", log), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGS)
         try:
-            wait_until_it_answers(server, f"{address}/api/status?token={token}", log)
-            with sync_playwright() as playwright:
-                browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGS)
-                try:
-                    yield Jupyter(browser, folder, address, token)
-                finally:
-                    browser.close()
+            yield Jupyter(browser, folder, address, token)
         finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            browser.close()
 
 
 @contextlib.contextmanager
@@ -198,17 +189,24 @@ def voila(browser: Any, notebook: Path) -> Iterator[Page]:
     command = [sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     environment.pop("PYTEST_CURRENT_TEST", None)
+    with running(command, environment, f"http://127.0.0.1:{port}/voila/static/", log):
+        page, errors = browser.new_page(viewport={"width": 1000, "height": 1000}), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        try:
+            page.goto(f"http://127.0.0.1:{port}/", timeout=START_TIMEOUT_S * 1e3)
+            yield page
+        finally:
+            page.close()
+        assert errors == []
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> Iterator[None]:
+    """A server, from when it answers to the end of the block."""
     with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as server:
         try:
-            wait_until_it_answers(server, f"http://127.0.0.1:{port}/voila/static/", log)
-            page, errors = browser.new_page(viewport={"width": 1000, "height": 1000}), []
-            page.on("pageerror", lambda error: errors.append(str(error)))
-            try:
-                page.goto(f"http://127.0.0.1:{port}/", timeout=START_TIMEOUT_S * 1e3)
-                yield page
-            finally:
-                page.close()
-            assert errors == []
+            wait_until_it_answers(server, url, log)
+            yield
         finally:
             server.terminate()
             try:

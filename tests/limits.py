@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
@@ -54,3 +55,18 @@ def settings() -> dict[str, object]:
         "default dtype": torch.get_default_dtype(),
         "seed": hash(torch.get_rng_state().numpy().tobytes()),
     }
+
+
+@pytest.fixture(autouse=True)
+def memory_comes_back() -> Iterator[None]:
+    """Import it into a module of `gpu` tests: none of them leaves memory allocated on the GPU."""
+    before = bytes_in_use()
+    yield
+    assert bytes_in_use() <= before
+
+
+def bytes_in_use() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()  # of every stream that multiplied matrices
+    return torch.cuda.memory_allocated()

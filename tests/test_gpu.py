@@ -5,14 +5,14 @@ The conformance suite on GPUs is in test_threads, the order of streams without a
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from conformance import CHECKS, Check
 from limits import leaves_nothing_behind as leaves_nothing_behind
+from limits import memory_comes_back as memory_comes_back
 from sum_over_ranks import SumOverRanks
 from torch import Tensor
 
@@ -42,21 +42,6 @@ def world(request: pytest.FixtureRequest) -> World:
         return sliced_world(4)
     except MplabError as error:  # this torch has no green contexts
         pytest.skip(str(error))
-
-
-@pytest.fixture(autouse=True)
-def memory_comes_back() -> Iterator[None]:
-    """A test leaves no memory allocated on the GPU."""
-    before = bytes_in_use()
-    yield
-    assert bytes_in_use() <= before
-
-
-def bytes_in_use() -> int:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch._C._cuda_clearCublasWorkspaces()  # of every stream that multiplied matrices
-    return torch.cuda.memory_allocated()
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))

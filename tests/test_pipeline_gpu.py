@@ -5,14 +5,13 @@ Skipped where there is no GPU.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 from limits import leaves_nothing_behind as leaves_nothing_behind
+from limits import memory_comes_back as memory_comes_back
 from pipelines import (
     ALL_ORDERS,
     OPTIMIZERS,
@@ -39,21 +38,6 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = 1e-9  # a GPU adds up in another order
 NUM_STEPS = 4
 DATA = batches(num_batches=NUM_STEPS)
-
-
-@pytest.fixture(autouse=True)
-def memory_comes_back() -> Iterator[None]:
-    """A test leaves no memory allocated on the GPU."""
-    before = bytes_in_use()
-    yield
-    assert bytes_in_use() <= before
-
-
-def bytes_in_use() -> int:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch._C._cuda_clearCublasWorkspaces()  # of every stream that multiplied matrices
-    return torch.cuda.memory_allocated()
 
 
 def assert_weights(weights: dict[str, Tensor], trained: Trained) -> None:

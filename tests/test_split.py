@@ -169,7 +169,6 @@ def test_the_figure_says_what_the_machine_cannot_prove(
     make: Callable[..., SplitExplorer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mplab.world.rungs.num_cores", lambda: 1)
-    monkeypatch.setattr("mplab.show.forecast.num_cores", lambda: 1)
     explorer = make()
     shared = simulate(build("1f1b", 2, 4), stage_costs(costs_of(gpt(), 4), (4,)), cores=1)
     assert explorer.predicted().timeline.events == shared.events

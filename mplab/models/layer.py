@@ -59,6 +59,10 @@ class Layer:
         for path, part in self.parts.items():
             yield from part.named_buffers(path, remove_duplicate=False)
 
+    def state_keys(self) -> list[str]:
+        """Its keys in the model's `state_dict`."""
+        return [key for path, part in self.parts.items() for key in part.state_dict(prefix=f"{path}.")]
+
 
 class Stage(nn.Module):
     """A copy of consecutive layers, as one module that keeps the model's names.

@@ -23,9 +23,9 @@ from mplab.parallel.agree import check_agreement
 from mplab.parallel.backward import SplitBackward
 from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.layer_state import put_states, receive_state, send_state, take_state
-from mplab.parallel.serial import LossFunction
+from mplab.parallel.serial import LossFunction, check_batch
 from mplab.parallel.tied import TiedWeights
-from mplab.plan.partition import check_cuts
+from mplab.plan.partition import check_cuts, stage_bounds
 from mplab.plan.schedule import Order, Schedule, build
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -85,11 +85,7 @@ class PipelineParallel:
             )
         self.schedule, self.comm, self.loss_fn, self.recompute = schedule, comm, loss_fn, recompute
         self._model, self._layers, self._make_optimizer = model, layers(model), optimizer
-        # Every layer's part of the model's state_dict.
-        self._keys = [
-            [key for path, part in layer.parts.items() for key in part.state_dict(prefix=f"{path}.")]
-            for layer in self._layers
-        ]
+        self._keys = [layer.state_keys() for layer in self._layers]
         self.cuts = self._check_cuts(cuts)
         if recompute:
             _refuse_recomputation(model)
@@ -114,15 +110,14 @@ class PipelineParallel:
 
     def _ranks(self) -> list[int]:
         """The rank of every layer."""
-        bounds = [0, *self.cuts, len(self._layers)]
-        return [self.schedule.rank_of[s] for s in range(len(bounds) - 1) for _ in range(bounds[s], bounds[s + 1])]
+        bounds = stage_bounds(self.cuts, len(self._layers))
+        return [self.schedule.rank_of[s] for s, (start, end) in enumerate(bounds) for _ in range(start, end)]
 
     def _place(self) -> None:
         """Copy this rank's layers out of the model, and make their optimizer."""
-        bounds = [0, *self.cuts, len(self._layers)]
+        bounds = stage_bounds(self.cuts, len(self._layers))
         self.stages = {
-            s: Stage(self._layers[bounds[s] : bounds[s + 1]], self.comm.device)
-            for s in self.schedule.stages(self.comm.rank)
+            s: Stage(self._layers[slice(*bounds[s])], self.comm.device) for s in self.schedule.stages(self.comm.rank)
         }
         in_two_parts = {action.stage for action in self.schedule.actions if action.kind == "I"}
         self._splits = {s: SplitBackward(stage) for s, stage in self.stages.items() if s in in_two_parts}
@@ -219,14 +214,8 @@ class PipelineParallel:
         gradient back; the gradients of tied weights (all_reduce among the ranks that hold them); the loss (broadcast).
         """
         inputs, targets = batch
-        num_parts, num_samples = self.schedule.num_microbatches, len(inputs)
-        if num_samples != len(targets):
-            raise MplabError(f"{num_samples} inputs and {len(targets)} targets: a batch needs as many of each")
-        if num_samples < num_parts:
-            raise MplabError(
-                f"a batch of {num_samples} samples can't be cut in {num_parts} micro-batches, each needs one sample or "
-                "more: take a larger batch, or fewer micro-batches"
-            )
+        num_parts = self.schedule.num_microbatches
+        num_samples = check_batch(batch, num_parts)
         device, last = self.comm.device, self.schedule.num_stages - 1
         interpreter = Interpreter(
             self.schedule,

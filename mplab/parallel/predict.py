@@ -16,13 +16,13 @@ from mplab.parallel.pipeline import OptimizerFactory, PipelineParallel
 from mplab.parallel.profile import profile_layers
 from mplab.parallel.serial import LossFunction
 from mplab.plan.explain import explain
-from mplab.plan.partition import LayerCost, check_cuts, stage_costs
+from mplab.plan.partition import LayerCost, check_cuts, recomputed_costs, stage_costs
 from mplab.plan.schedule import Order, Schedule, build
 from mplab.plan.simulate import simulate
 from mplab.trace.compare import Comparison, median_step, steps
 from mplab.trace.timeline import Timeline
 from mplab.world import Rank, World, probe
-from mplab.world.rungs import num_cores
+from mplab.world.rungs import num_at_once
 
 _NUM_WARMUPS = 3
 
@@ -63,7 +63,7 @@ class Predictor:
         self.world = world
         self._model, self._batch, self._loss_fn, self._optimizer = model, batch, loss_fn, optimizer
         self.link = world.link or (probe().link(world.rung.name).link if world.size > 1 else None)
-        self.cores = len({device for device in world.devices if device.type == "cuda"}) or num_cores()
+        self.cores = num_at_once(world.devices)
         self._measured: dict[int, Measured] = {}
 
     def measured(self, num_microbatches: int = 8) -> Measured:
@@ -141,10 +141,7 @@ class Predictor:
         layers, launch_s = self.measured(schedule.num_microbatches)
         cuts = check_cuts(cuts, [layer.name for layer in layers], schedule.num_stages)
         costs = stage_costs(layers, cuts)
-        if recompute:
-            inputs = [0, *(cost.output_bytes for cost in costs)]
-            costs = [cost.recomputed(size_bytes) for cost, size_bytes in zip(costs, inputs, strict=False)]
-        return costs, launch_s
+        return recomputed_costs(costs) if recompute else costs, launch_s
 
 
 def measure_launch_s(world: World, size_bytes: int, num_microbatches: int = 8, num_steps: int = 20) -> float:

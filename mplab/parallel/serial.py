@@ -16,6 +16,23 @@ LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> their mean loss over the samples, a tensor without dims."""
 
 
+def check_batch(batch: Batch, num_microbatches: int = 0) -> int:
+    """The number of samples of a batch that can be trained on.
+
+    Raises:
+        MplabError: inputs and targets of different lengths, or fewer samples than micro-batches.
+    """
+    inputs, targets = batch
+    if len(inputs) != len(targets):
+        raise MplabError(f"{len(inputs)} inputs and {len(targets)} targets: a batch needs as many of each")
+    if len(inputs) < num_microbatches:
+        raise MplabError(
+            f"a batch of {len(inputs)} samples can't be cut in {num_microbatches} micro-batches, each needs one sample "
+            "or more: take a larger batch, or fewer micro-batches"
+        )
+    return len(inputs)
+
+
 class Serial:
     """Trains a model where it is, with nothing parallel about it.
 
@@ -58,12 +75,7 @@ class Serial:
             MplabError: inputs and targets of different lengths, or fewer samples than micro-batches.
         """
         inputs, targets = self._on_device(batch)
-        num_samples = len(inputs)
-        if num_samples < self.num_microbatches:
-            raise MplabError(
-                f"a batch of {num_samples} samples can't be cut in {self.num_microbatches} micro-batches, "
-                "each needs one sample or more: take a larger batch, or fewer micro-batches"
-            )
+        num_samples = check_batch(batch, self.num_microbatches)
         self.optimizer.zero_grad()
         losses = []
         parts = (tensor.tensor_split(self.num_microbatches) for tensor in (inputs, targets))
@@ -90,8 +102,7 @@ class Serial:
         return total / num_samples
 
     def _on_device(self, batch: Batch) -> Batch:
+        check_batch(batch)
         inputs, targets = batch
-        if len(inputs) != len(targets):
-            raise MplabError(f"{len(inputs)} inputs and {len(targets)} targets: a batch needs as many of each")
         device = next(self.model.parameters()).device
         return inputs.to(device), targets.to(device)

@@ -87,7 +87,7 @@ def stage_costs(layers: Sequence[LayerCost], cuts: Iterable[SupportsIndex]) -> l
     cuts = tuple(cuts)
     cuts = check_cuts(cuts, [layer.name for layer in layers], len(cuts) + 1)
     costs = []
-    for start, end in _stages(cuts, len(layers)):
+    for start, end in stage_bounds(cuts, len(layers)):
         stage = layers[start:end]
         name = stage[0].name if len(stage) == 1 else f"{stage[0].name} to {stage[-1].name}"
         sums = {
@@ -96,6 +96,16 @@ def stage_costs(layers: Sequence[LayerCost], cuts: Iterable[SupportsIndex]) -> l
         }
         costs.append(LayerCost(name, **{**sums, "output_bytes": stage[-1].output_bytes}))
     return costs
+
+
+def recomputed_costs(costs: Sequence[LayerCost]) -> list[LayerCost]:
+    """What each stage costs where only its input is held until its backward.
+
+    Args:
+        costs: of all stages. The first one's input is a part of the batch, which is there anyway, and counts nothing.
+    """
+    inputs = [0.0, *(cost.output_bytes for cost in costs)]
+    return [cost.recomputed(input_bytes) for cost, input_bytes in zip(costs, inputs, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class Partition:
     @property
     def stages(self) -> list[tuple[int, int]]:
         """(first layer, one after the last) of each stage."""
-        return _stages(self.cuts, self.num_layers)
+        return stage_bounds(self.cuts, self.num_layers)
 
     @property
     def balance(self) -> float:
@@ -252,7 +262,8 @@ def _numbers(name: str, values: Sequence[float], count: int | None = None, above
     return [Fraction(value if isinstance(value, int) else float(value)) for value in values]
 
 
-def _stages(cuts: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
+def stage_bounds(cuts: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
+    """(first layer, one after the last) of each stage."""
     return list(zip((0, *cuts), (*cuts, num_layers), strict=True))
 
 

@@ -16,12 +16,12 @@ from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.profile import profile_layers
 from mplab.parallel.serial import LossFunction
 from mplab.plan.cost import Link
-from mplab.plan.partition import LayerCost, by_time, stage_costs
+from mplab.plan.partition import LayerCost, by_time, recomputed_costs, stage_costs
 from mplab.plan.schedule import ORDERS, Schedule, build
 from mplab.plan.simulate import memory_bytes, simulate
 from mplab.trace.timeline import Timeline
 from mplab.world import World
-from mplab.world.rungs import num_cores
+from mplab.world.rungs import num_at_once
 
 _NUM_REPEATS = (3, 10)  # of the measurements of the layers: fewest with the largest micro-batches, which take longest
 
@@ -137,12 +137,9 @@ class Forecaster:
     def forecast(self, choice: Choice) -> Forecast:
         """What the choice should give."""
         schedule, whole = self.schedule(choice), stage_costs(self.costs(choice.num_microbatches), choice.cuts)
-        stages = whole
-        if choice.recompute:
-            inputs = [0.0, *(stage.output_bytes for stage in whole)]  # the first stage's is a part of the batch
-            stages = [stage.recomputed(size) for stage, size in zip(whole, inputs, strict=False)]
+        stages = recomputed_costs(whole) if choice.recompute else whole
         step_s = [choice.num_microbatches * (s.forward_s + s.backward_s) + s.update_s for s in stages]
-        timeline = simulate(schedule, stages, self._link, self._cores, self._launch_s)
+        timeline = simulate(schedule, stages, self._link, num_at_once(self._world.devices), self._launch_s)
         return Forecast(
             Timeline(timeline.events, timeline.num_ranks, tuple(dict.fromkeys([*timeline.notes, *self._world.notes]))),
             stages,
@@ -150,12 +147,6 @@ class Forecaster:
             _equal_bubble(schedule),
             memory_bytes(schedule, whole, choice.recompute, self._state_copies),
         )
-
-    @property
-    def _cores(self) -> int:
-        """That can compute at the same time: CPU cores, or GPUs."""
-        devices = set(self._world.devices)
-        return num_cores() if any(device.type == "cpu" for device in devices) else len(devices)
 
 
 @lru_cache(64)

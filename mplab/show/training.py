@@ -54,10 +54,7 @@ class Training:
     ) -> None:
         self._model, self._world, self._batch = model, world, batch
         self._loss_fn, self._optimizer = loss_fn, optimizer
-        self._keys = [  # of every layer, in the model's state_dict
-            [key for path, part in layer.parts.items() for key in part.state_dict(prefix=f"{path}.")]
-            for layer in layers(model)
-        ]
+        self._keys = [layer.state_keys() for layer in layers(model)]
         self._pipelines: list[PipelineParallel] = []
         self._choice: Choice | None = None
         self._states: list[LayerState] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,11 @@ class Rung:
 def num_cores() -> int:
     """Cores that this process may use, which in a container are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_at_once(devices: Sequence[torch.device]) -> int:
+    """How many ranks with these devices can compute at the same time: one a GPU, or one a CPU core."""
+    return len({device for device in devices if device.type == "cuda"}) or num_cores()
 
 
 def choose(num_ranks: int, device: str, slices: bool) -> Rung:
