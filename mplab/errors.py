@@ -30,3 +30,7 @@ class Deadlock(CommError):
 
 class CommTimeout(CommError):
     """A rank waited longer than `timeout_s`; the message says who waits for whom."""
+
+
+class NonFiniteGradient(MplabError):
+    """A gradient has a NaN or an Inf; raised before it reached any other rank, and before any weight was changed."""

@@ -7,6 +7,7 @@ tensor).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -96,6 +97,12 @@ def _result(call: Call, items: Sequence[Item], rank: int, memory: HostMemory) ->
             assert call.root is not None
             assert call.dim is not None
             return memory.copy(_given(items[call.root]).tensor_split(num_ranks, call.dim)[rank])
+        case "all_gather_":
+            out = _target(items[rank])
+            for r, chunk in enumerate(out.tensor_split(num_ranks)):
+                if r != rank:
+                    chunk.copy_(_given(items[r]).tensor_split(num_ranks)[r])
+            return out
         case "all_gather" | "gather":
             assert call.dim is not None
             if call.name == "gather" and rank != call.root:
@@ -122,6 +129,10 @@ def block_bytes(call: Call, items: Sequence[Item]) -> list[int]:
         return [0] * num_ranks
     if call.name in ("all_gather", "gather"):
         return [_given(x).nbytes for x in items]
+    if call.shapes is not None:
+        assert call.dtype is not None
+        total = sum(math.prod(shape) for shape in call.shapes)
+        return [length * call.dtype.itemsize for length in chunk_lengths(total, num_ranks)]
     x = _given(items[call.root or 0])
     if call.name in ("broadcast", "reduce"):
         return [x.nbytes] * num_ranks

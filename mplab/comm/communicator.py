@@ -28,6 +28,7 @@ class Call(NamedTuple):
     """What a rank says it calls. Ranks of a group whose calls differ get a `CollectiveMismatch`.
 
     `shape` has -1 where ranks may differ (the gathered dimension) and is None where only the root knows it.
+    `shapes` are those of tensors that travel as one.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Call(NamedTuple):
     dim: int | None = None
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
     def agrees(self, other: Call) -> bool:
         """True if the two can be the same collective: a rank that gives no tensor knows no shape and no dtype."""
@@ -57,6 +59,8 @@ class Call(NamedTuple):
             said.append(f"shape=({', '.join('?' if s < 0 else str(s) for s in self.shape)})")
         if self.dtype is not None:
             said.append(str(self.dtype).removeprefix("torch."))
+        if self.shapes is not None:
+            said.append(f"shapes=[{', '.join(str(tuple(shape)) for shape in self.shapes)}]")
         return f"{self.name}({', '.join(said)})"
 
 
@@ -178,6 +182,17 @@ class Communicator(abc.ABC):
         self._run(self._reduction_call("all_reduce_", x, op), x)
         return x
 
+    def all_reduce_coalesced_(self, xs: Sequence[Tensor], op: str = "sum") -> None:
+        """`all_reduce_` of many tensors as if they were one: their elements, one tensor's after another's.
+
+        Args:
+            xs: one or more of one dtype, of any shapes, the same on every rank.
+            op: as in `all_reduce`.
+
+        **Communication**: that of one `all_reduce` of all elements.
+        """
+        self.iall_reduce_coalesced_(xs, op).wait()
+
     def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
         """All ranks' tensors, concatenated along `dim` in rank order.
 
@@ -188,6 +203,17 @@ class Communicator(abc.ABC):
         **Communication**: n - 1 messages of `x`'s bytes a rank.
         """
         return self._run(self._gather_call("all_gather", x, dim), x)
+
+    def all_gather_(self, x: Tensor) -> Tensor:
+        """`all_gather` into `x` itself, which is returned: each rank gives its chunk of it, and gets all others'.
+
+        Args:
+            x: contiguous, at least 1-D, the same shape on every rank; chunk `rank` of `x.tensor_split(n)` is what this
+                rank gives.
+
+        **Communication**: n - 1 messages of its chunk's bytes a rank.
+        """
+        return self._run(self._gather_in_place_call(x), x)
 
     def reduce_scatter(self, x: Tensor, op: str = "sum", dim: int = 0) -> Tensor:
         """This rank's chunk of the reduction over all ranks: chunk `rank` of `x.tensor_split(n, dim)`.
@@ -257,9 +283,17 @@ class Communicator(abc.ABC):
         """Start an `all_reduce_`."""
         return self._start(self._reduction_call("all_reduce_", x, op), x)
 
+    def iall_reduce_coalesced_(self, xs: Sequence[Tensor], op: str = "sum") -> Handle[None]:
+        """Start an `all_reduce_coalesced_`."""
+        return self._start_coalesced(self._coalesced_call("all_reduce_coalesced_", xs, op), [x.detach() for x in xs])
+
     def iall_gather(self, x: Tensor, dim: int = 0) -> Handle[Tensor]:
         """Start an `all_gather`."""
         return self._start(self._gather_call("all_gather", x, dim), x)
+
+    def iall_gather_(self, x: Tensor) -> Handle[Tensor]:
+        """Start an `all_gather_`."""
+        return self._start(self._gather_in_place_call(x), x)
 
     def ireduce_scatter(self, x: Tensor, op: str = "sum", dim: int = 0) -> Handle[Tensor]:
         """Start a `reduce_scatter`."""
@@ -292,15 +326,41 @@ class Communicator(abc.ABC):
         """Start a collective and finish it; a backend may have a shorter way."""
         return self._start(call, x).wait()
 
+    def _start_coalesced(self, call: Call, xs: list[Tensor]) -> Handle[None]:
+        """Start a reduction of many tensors in place: of their copy in one row, unless a backend has a shorter way."""
+        joined = torch.cat([x.reshape(-1) for x in xs])
+        handle = self._start(call, joined)
+
+        def finish() -> None:
+            total = handle.wait()
+            for x, part in zip(xs, total.split([x.numel() for x in xs]), strict=True):
+                x.copy_(part.view(x.shape))
+
+        return Handle(finish)
+
     @abc.abstractmethod
     def _start_all_to_all(self, call: Call, xs: list[Tensor]) -> Handle[list[Tensor]]: ...
 
     # -- what every backend writes down -------------------------------------------------------------------------------
 
-    def _write_down(self, name: str, traffic: Traffic, begin_ns: int, mark: Mark, met: Mark) -> None:
-        """A collective that is over: it waited from `mark` to `met`, and messages took the time since."""
-        self.trace.add("wait", name, mark, met)
-        self.trace.add("message", name, met, self.trace.now(), traffic.sent_bytes)
+    def _write_down(
+        self,
+        name: str,
+        traffic: Traffic,
+        begin_ns: int,
+        mark: Mark,
+        met: Mark,
+        on_the_way: tuple[Mark, Mark] | None = None,
+    ) -> None:
+        """A collective that is over: it waited from `mark` to `met`, and messages took the time since.
+
+        Where it is known from when to when its messages were on the way, which may have been before anyone waited, the
+        wait is what was left of that time.
+        """
+        now = self.trace.now()
+        self.trace.add("wait", name, mark, met if on_the_way is None else now)
+        start, end = on_the_way or (met, now)
+        self.trace.add("message", name, start, end, traffic.sent_bytes)
         size = (traffic.num_sent, traffic.sent_bytes, traffic.received_bytes)
         self.ledger.add(Message(name, self.ranks, self._others, *size, begin_ns, time.perf_counter_ns()))
 
@@ -359,6 +419,22 @@ class Communicator(abc.ABC):
         if name.endswith("_") and any(step == 0 and n > 1 for n, step in zip(x.shape, x.stride(), strict=True)):
             raise MplabError(f"{name} into an expanded tensor, whose elements share memory: give it x.clone()")
         return Call(name, op, None, None, tuple(x.shape), x.dtype)
+
+    def _coalesced_call(self, name: str, xs: Sequence[Tensor], op: str) -> Call:
+        if not xs:
+            raise MplabError(f"{name} of no tensors: give one or more")
+        for x in xs:
+            self._reduction_call(name, x, op)
+        dtypes = {x.dtype for x in xs}
+        if len(dtypes) > 1:
+            raise MplabError(f"{name} needs tensors of one dtype, got {sorted(map(str, dtypes))}: one call for each")
+        return Call(name, op, dtype=xs[0].dtype, shapes=tuple(x.shape for x in xs))
+
+    def _gather_in_place_call(self, x: Tensor) -> Call:
+        self._check_dim(self._check_tensor(x, "all_gather_"), 0, "all_gather_")
+        if not x.is_contiguous() or x.is_conj() or x.is_neg():
+            raise MplabError("all_gather_ works on the memory of a contiguous tensor: give it x.contiguous()")
+        return Call("all_gather_", None, None, 0, tuple(x.shape), x.dtype)
 
     def _reduce_scatter_call(self, x: Tensor, op: str, dim: int) -> Call:
         return self._reduction_call("reduce_scatter", x, op)._replace(dim=self._check_dim(x, dim, "reduce_scatter"))

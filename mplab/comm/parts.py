@@ -32,6 +32,8 @@ def given(call: Call, x: Tensor | None, rank: int, num_ranks: int) -> list[Tenso
         case "scatter" | "reduce_scatter":
             assert call.dim is not None
             return list(x.tensor_split(num_ranks, call.dim))
+        case "all_gather_":
+            return [x.tensor_split(num_ranks)[rank]] * num_ranks
         case _:
             return list(x.reshape(-1).tensor_split(num_ranks)) if in_chunks(call, x, num_ranks) else [x] * num_ranks
 

@@ -124,6 +124,11 @@ class ProcessCommunicator(Communicator):
         received = self._received(given, came, lambda: self._expected(agreed, shapes))
         if x is not None and call.name.startswith("all_reduce"):
             out = self._all_reduced(call, x, received, f"{key} chunks")
+        elif x is not None and call.name == "all_gather_":
+            out = x
+            for chunk, part in zip(x.tensor_split(self.size), received, strict=True):
+                if part is not None and part is not given[self.rank]:
+                    chunk.copy_(part)
         else:
             out = parts.made(agreed, received)
         self._guard.reuse(came)
@@ -132,7 +137,7 @@ class ProcessCommunicator(Communicator):
 
     def _all_reduced(self, call: Call, x: Tensor, received: Parts, key: str) -> Tensor:
         """The reduction of what came: of whole tensors, or of chunks, which are then swapped."""
-        in_place = call.name == "all_reduce_"
+        in_place = call.name.endswith("_")
         can_write = in_place and x.is_contiguous() and not x.is_conj() and not x.is_neg()
         out = x if can_write else torch.empty_like(x, memory_format=torch.contiguous_format)
         if not parts.in_chunks(call, x, self.size):
@@ -175,7 +180,7 @@ class ProcessCommunicator(Communicator):
         self._guard.check_running(call)
         key = self._number(f"c{self._set}", f"c{self._set}")
         dtype = None if call.dtype is None else str(call.dtype).removeprefix("torch.")
-        words = [[*call[:5], dtype], self.ranks, shape, user_line(sys._getframe(1))]
+        words = [[*call[:5], dtype, call.shapes], self.ranks, shape, user_line(sys._getframe(1))]
         self._send(given, key, words)
         return key
 
@@ -260,8 +265,9 @@ class ProcessCommunicator(Communicator):
 
 
 def _call(said: list[Any]) -> Call:
-    name, op, root, dim, shape, dtype = said
-    return Call(name, op, root, dim, None if shape is None else tuple(shape), dtype and getattr(torch, dtype))
+    name, op, root, dim, shape, dtype, shapes = said
+    joined = None if shapes is None else tuple(map(tuple, shapes))
+    return Call(name, op, root, dim, None if shape is None else tuple(shape), dtype and getattr(torch, dtype), joined)
 
 
 def _like(shape: Sequence[int], call: Call) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplab.comm import collectives
+from mplab.comm import coalesced, collectives
 from mplab.comm.communicator import Call, Communicator, Handle
 from mplab.comm.hub import Hub, Meeting
 from mplab.comm.ledger import Ledger, Message
@@ -213,7 +213,7 @@ class ThreadCommunicator(Communicator):
         if x is not None:
             x = x.detach()
             shared = x.contiguous()
-            if call.name == "all_reduce_":
+            if call.name in ("all_reduce_", "all_gather_"):
                 target = x
             elif call.name == "all_reduce" and x.nbytes > SMALL_BYTES:
                 target = new_like(shared)
@@ -248,11 +248,49 @@ class ThreadCommunicator(Communicator):
             met = self.trace.now()
             out = collectives.result_of_one(meeting.call, meeting.items, self.rank, self._memory)
             self._meet_again((meeting.number, "done"), call)
-        traffic = self._traffic_of_all(meeting)
-        if self._link is not None:
-            self._wait_for_link(meeting, traffic)
-        self._write_down(call.name, traffic[self.rank], begin_ns, mark, met)
+        self._end(call, meeting, begin_ns, mark, met, is_asynchronous)
         return out
+
+    def _end(
+        self, call: Call, meeting: Meeting, begin_ns: int, mark: Mark, met: Mark, is_asynchronous: bool
+    ) -> None:
+        """A collective is over, as soon as an emulated link has carried it."""
+        traffic, on_the_way = self._traffic_of_all(meeting), None
+        if self._link is not None:
+            on_the_way = self._wait_for_link(meeting, traffic)
+        is_known = self._is_host and is_asynchronous
+        self._write_down(call.name, traffic[self.rank], begin_ns, mark, met, on_the_way if is_known else None)
+
+    def _start_coalesced(self, call: Call, xs: list[Tensor]) -> Handle[None]:
+        """Each rank's tensors stay where they are: whoever reduces reads and writes those of all ranks."""
+        begin_ns = time.perf_counter_ns()
+        self._check_running(call)
+        shared = [x.contiguous() for x in xs]
+        meeting, is_last = self._come(next(self._numbers), call, shared)
+        if is_last:
+            if sum(x.nbytes for x in shared) <= SMALL_BYTES:
+                self._observe(meeting)
+                meeting.met, meeting.last = self.trace.now(), self.rank
+                coalesced.reduce_share(call.op or "", meeting.items, 0, 1, self._memory)
+                meeting.results = meeting.items
+                meeting.events = [self._memory.publish()] * self.size
+                self.trace.add("message", call.name, meeting.met, self.trace.now())
+            self._hub.complete(meeting)
+        return Handle(partial(self._finish_coalesced, call, meeting, xs, begin_ns))
+
+    def _finish_coalesced(self, call: Call, meeting: Meeting, xs: list[Tensor], begin_ns: int) -> None:
+        mark = self.trace.now()
+        if not meeting.is_complete:
+            self._hub.wait(self._me, meeting, call, self.ranks)
+        self._observe(meeting)
+        met = self.trace.now()
+        if meeting.results is None:
+            coalesced.reduce_share(call.op or "", meeting.items, self.rank, self.size, self._memory)
+            self._meet_again((meeting.number, "done"), call)
+        for x, shared in zip(xs, meeting.items[self.rank], strict=True):
+            if x is not shared:
+                x.copy_(shared)
+        self._end(call, meeting, begin_ns, mark, met, is_asynchronous=True)
 
     def _traffic_of_all(self, meeting: Meeting) -> list[Traffic]:
         """Every rank's traffic; training repeats its calls, so it is worked out once where the call decides it."""
@@ -295,14 +333,20 @@ class ThreadCommunicator(Communicator):
         self._write_down(call.name, traffic[self.rank], begin_ns, mark, met)
         return received
 
-    def _wait_for_link(self, meeting: Meeting, traffic: list[Traffic]) -> None:
-        """Make a collective take as long as its busiest rank's messages one after another, once all have called it."""
+    def _wait_for_link(self, meeting: Meeting, traffic: list[Traffic]) -> tuple[int, int]:
+        """Make a collective take as long as its busiest rank's messages one after another, once all have called it.
+
+        Returns:
+            From when to when the link was busy with it, `perf_counter_ns`.
+        """
         assert self._link is not None
         if not self._is_host:
             self._memory.publish().synchronize()
         busiest_s = max(max(self._link.time_s(*t[:2]), self._link.time_s(*t[2:])) for t in traffic)
-        self._link_free_ns = max(meeting.latest_ns, self._link_free_ns) + round(busiest_s * 1e9)
+        start_ns = max(meeting.latest_ns, self._link_free_ns)
+        self._link_free_ns = start_ns + round(busiest_s * 1e9)
         sleep_until(self._link_free_ns)
+        return start_ns, self._link_free_ns
 
 
 def _next_number(counts: dict[Hashable, int], peer: int, tag: int) -> Hashable:

@@ -41,7 +41,7 @@ def direct_traffic(name: str, rank: int, block_bytes: Sequence[int], root: int |
     """
     num_peers, total, own = len(block_bytes) - 1, sum(block_bytes), block_bytes[rank]
     match name.rstrip("_"):
-        case "all_reduce":
+        case "all_reduce" | "all_reduce_coalesced":
             size = total - own + num_peers * own
             return Traffic(2 * num_peers, size, 2 * num_peers, size)
         case "reduce_scatter":

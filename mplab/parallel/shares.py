@@ -1,0 +1,121 @@
+"""What ranks that each train on a share of the batch have in common: settings, a start from the same weights, and the
+message that closes a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mplab.comm.communicator import Communicator
+from mplab.datasets import Batch
+from mplab.errors import MplabError
+
+
+def check_training(
+    loss_fn: object, optimizer: object, num_microbatches: int, max_norm: float | None, autocast: torch.dtype | None
+) -> None:
+    """Refuse settings of a training that no model and no rank can mend.
+
+    Raises:
+        MplabError: says which.
+    """
+    if not callable(loss_fn):
+        raise MplabError(f"loss_fn is a {type(loss_fn).__name__}: give a function of outputs and targets")
+    if not callable(optimizer):
+        raise MplabError(
+            f"optimizer is a {type(optimizer).__name__}: each rank makes its own, so give what makes it: "
+            "torch.optim.AdamW, or partial(torch.optim.SGD, lr=0.1)"
+        )
+    if num_microbatches < 1:
+        raise MplabError(f"num_microbatches {num_microbatches}: must be 1 or more")
+    if max_norm is not None and not max_norm > 0:
+        raise MplabError(f"max_norm {max_norm}: must be above 0, or None for no clipping")
+    if autocast not in (None, torch.bfloat16):
+        raise MplabError(
+            f"autocast {autocast}: take torch.bfloat16, or None; float16's gradients need a loss that is scaled up"
+        )
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """The parameters as all ranks must have them, for `check_agreement`."""
+    return {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in model.named_parameters()}
+
+
+def check_same_rank(new: Communicator, old: Communicator) -> None:
+    """A communicator of another run must be the same rank's.
+
+    Raises:
+        MplabError: it is another rank's.
+    """
+    if (new.rank, new.size) != (old.rank, old.size):
+        raise MplabError(f"connect to rank {new.rank} of {new.size}: this is rank {old.rank} of {old.size}")
+
+
+@torch.no_grad()
+def broadcast_state(model: nn.Module, comm: Communicator) -> None:
+    """Give every rank the weights and buffers of rank 0.
+
+    **Communication**: one broadcast for each of them.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.copy_(comm.broadcast(tensor))
+
+
+def total_samples(mine: Batch, comm: Communicator) -> int:
+    """Samples of all ranks together.
+
+    Raises:
+        MplabError: inputs and targets of different lengths, or no rank has a sample.
+
+    **Communication**: all_gather of 8 bytes.
+    """
+    inputs, targets = mine
+    if len(inputs) != len(targets):
+        raise MplabError(f"{len(inputs)} inputs and {len(targets)} targets: a batch needs as many of each")
+    total = int(comm.all_gather(torch.tensor([len(inputs)], device=comm.device)).sum())
+    if not total:
+        raise MplabError(f"none of the {comm.size} ranks has a sample: a step needs one or more")
+    return total
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """For a forward in mixed precision; None: as the caller has it."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def close_step(
+    comm: Communicator, loss: Tensor, num_samples: int, num_parameters: int, unused: Collection[int]
+) -> tuple[float, set[int]]:
+    """One message at the end of a step: what all ranks must know before they update.
+
+    Args:
+        comm: this rank's communicator.
+        loss: this rank's share of the mean loss, a scalar.
+        num_samples: of the whole batch, as this rank knows it; 0: it does not.
+        num_parameters: how many are trained.
+        unused: which of them this rank has no gradient for.
+
+    Returns:
+        The mean loss over the batch, and the parameters that no rank has a gradient for.
+
+    Raises:
+        MplabError: ranks were given batches of different sizes.
+
+    **Communication**: all_reduce_ of 2 + `num_parameters` float64.
+    """
+    said = torch.ones(2 + num_parameters, dtype=torch.float64, device=comm.device)
+    said[0], said[1] = loss, num_samples
+    for index in unused:
+        said[2 + index] = 0
+    mean, total, *used = comm.all_reduce_(said).tolist()
+    if total != comm.size * num_samples:
+        raise MplabError(
+            f"rank {comm.rank} was given a batch of {num_samples} samples, and the {comm.size} ranks have "
+            f"{total:g} together: give every rank the same whole batch, or its own samples with step_shard"
+        )
+    return mean, {index for index, count in enumerate(used) if not count}
