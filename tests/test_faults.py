@@ -24,7 +24,7 @@ from limits import leaves_nothing_behind as leaves_nothing_behind
 
 from mplab import CollectiveMismatch, CommTimeout, Deadlock, Link, MplabError, PeerFailure, World
 from mplab.comm import Communicator
-from mplab.comm.threads import SMALL_BYTES
+from mplab.comm.collectives import SMALL_BYTES
 from mplab.world import Rank
 
 AT_ONCE_S = 5.0

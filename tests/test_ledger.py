@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mplab import World
 from mplab.comm import Communicator, Ledger, Message, algorithms
-from mplab.comm.threads import SMALL_BYTES
+from mplab.comm.collectives import SMALL_BYTES
 from mplab.world import Rank
 
 Hop = tuple[int, int, int]  # (from, to, elements)

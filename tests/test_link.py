@@ -12,8 +12,8 @@ from limits import leaves_nothing_behind as leaves_nothing_behind
 
 from mplab import Link, MplabError, World
 from mplab.comm import Communicator, algorithms
+from mplab.comm.collectives import SMALL_BYTES
 from mplab.comm.link import Ports, sleep_until
-from mplab.comm.threads import SMALL_BYTES
 from mplab.world import Rank
 
 LINK = Link(latency_s=4e-3, bandwidth_bytes_s=1e6)  # 4,000 bytes take 8 ms

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mplab.comm.memory
 from mplab import World
-from mplab.comm import Communicator, algorithms, threads
+from mplab.comm import Communicator, algorithms, collectives, threads
 from mplab.comm.memory import LARGE_BYTES, CudaMemory, HostMemory, new_like
 from mplab.world import Rank
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=[1 << 18, 16], ids=["one rank computes", "all compute"])
 def small_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Communicators that work as on CUDA, with streams that are played out; and both ways to share the work."""
-    monkeypatch.setattr(threads, "SMALL_BYTES", request.param)
+    monkeypatch.setattr(collectives, "SMALL_BYTES", request.param)
     monkeypatch.setattr(threads, "HostMemory", lambda: CudaMemory(CPU))
     monkeypatch.setattr(mplab.comm.memory, "torch", FakeTorch())
     monkeypatch.setattr(torch.Tensor, "record_stream", streams.record_stream)

@@ -9,14 +9,14 @@ from conformance.values import LARGE
 from limits import leaves_nothing_behind as leaves_nothing_behind
 
 from mplab import Link, World
-from mplab.comm import threads
+from mplab.comm import collectives
 from mplab.world import Rank
 
 
 @pytest.fixture(autouse=True)
 def a_large_tensor_is_everybodys_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Above a size, which is tuned, ranks share the work: that is the suite's LARGE on every machine."""
-    monkeypatch.setattr(threads, "SMALL_BYTES", LARGE * 4 - 1)
+    monkeypatch.setattr(collectives, "SMALL_BYTES", LARGE * 4 - 1)
 
 
 def named(check: Check) -> str:
@@ -55,8 +55,8 @@ def test_an_emulated_link_changes_no_result(check: Check) -> None:
 @pytest.mark.parametrize("extra_bytes", [-4, 0, 4])
 def test_sizes_at_the_border_between_one_rank_and_all(extra_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to SMALL_BYTES one rank computes for all, above it all do: no element may be lost on either side."""
-    monkeypatch.setattr(threads, "SMALL_BYTES", 1 << 16)
-    length = (threads.SMALL_BYTES + extra_bytes) // 4
+    monkeypatch.setattr(collectives, "SMALL_BYTES", 1 << 16)
+    length = (collectives.SMALL_BYTES + extra_bytes) // 4
 
     def run(rank: Rank) -> None:
         x = torch.arange(length, dtype=torch.float32) + rank.index

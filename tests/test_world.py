@@ -22,8 +22,9 @@ from sum_over_ranks import SumOverRanks
 from torch import Tensor
 
 from mplab import CommTimeout, Link, MplabError, World
+from mplab.comm.collectives import SMALL_BYTES
 from mplab.comm.hub import Channel, Hub, Meeting
-from mplab.comm.threads import SMALL_BYTES, ThreadCommunicator
+from mplab.comm.threads import ThreadCommunicator
 from mplab.world import Rank, rungs
 
 ROOT = Path(__file__).parent.parent

@@ -20,6 +20,10 @@ from mplab.plan.traffic import chunk_lengths
 
 Item = tuple[Tensor | None, Tensor | None]
 
+# Up to this size one rank alone is faster than two that meet once more: on two cores at 1 MiB in 0.7 of their time, at
+# 4 MiB no longer.
+SMALL_BYTES = 1 << 20
+
 _EMPTY = torch.empty(0)
 
 

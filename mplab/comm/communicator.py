@@ -80,6 +80,9 @@ class Handle(Generic[T]):
             self._result = finish()
         return self._result
 
+    def advance(self) -> None:
+        """Do this rank's part of it if that takes no waiting; nothing where a backend goes on by itself."""
+
 
 class Communicator(abc.ABC):
     """Sends, receives and collectives of one rank in one group.
@@ -213,7 +216,8 @@ class Communicator(abc.ABC):
 
         **Communication**: n - 1 messages of its chunk's bytes a rank.
         """
-        return self._run(self._gather_in_place_call(x), x)
+        self._run(self._gather_in_place_call(x), x)
+        return x
 
     def reduce_scatter(self, x: Tensor, op: str = "sum", dim: int = 0) -> Tensor:
         """This rank's chunk of the reduction over all ranks: chunk `rank` of `x.tensor_split(n, dim)`.

@@ -119,7 +119,12 @@ class Guard:
     # -- mail ---------------------------------------------------------------------------------------------------------
 
     def send(
-        self, peers: Sequence[int], key: str, words: object, x: Tensor | None = None, borrowed: bool = False
+        self,
+        peers: Sequence[int],
+        key: str,
+        words: object,
+        x: Tensor | Sequence[Tensor] | None = None,
+        borrowed: bool = False,
     ) -> None:
         """Send to some ranks, without waiting; each of them collects it with the same key."""
         with self._changed:

@@ -21,12 +21,15 @@ from mplab.comm.communicator import Call, Communicator, Handle
 from mplab.comm.guard import Guard
 from mplab.comm.hub import user_line
 from mplab.comm.ledger import Ledger, Message
+from mplab.comm.reduction import reduce_in_order
 from mplab.comm.wire import FRAME_BYTES, Parcel
 from mplab.errors import CollectiveMismatch
 from mplab.plan.traffic import Traffic, direct_traffic
+from mplab.private import add_each_
 from mplab.trace.recorder import Mark, Recorder
 
 Parts = list[Tensor | None]  # one for each rank of a group
+Given = Sequence[Tensor | Sequence[Tensor] | None]  # what each is given, which may be several tensors
 
 
 class ProcessCommunicator(Communicator):
@@ -154,6 +157,39 @@ class ProcessCommunicator(Communicator):
             self._guard.reuse(came)
         return x.copy_(out) if in_place and not can_write else out
 
+    def _start_coalesced(self, call: Call, xs: list[Tensor]) -> Handle[None]:
+        """Where whole tensors are mailed they are joined in the parcel alone, and what comes is added to them."""
+        total = sum(x.nbytes for x in xs)
+        is_direct = self.size <= 2 or total <= parts.SMALL_BYTES
+        if self._has_fabric or not is_direct or self.device.type != "cpu" or any(x.is_conj() for x in xs):
+            return super()._start_coalesced(call, xs)
+        begin_ns = time.perf_counter_ns()
+        key = self._announce(call, [xs] * self.size, [total // xs[0].element_size()])
+        return Handle(partial(self._finish_coalesced, call, xs, key, begin_ns))
+
+    def _finish_coalesced(self, call: Call, xs: list[Tensor], key: str, begin_ns: int) -> None:
+        mark = self.trace.now()
+        agreed, shapes, came = self._meet(call, key, [sum(x.numel() for x in xs)])
+        met = self._met(mark, came.values())
+        lengths = [x.numel() for x in xs]
+        theirs = {
+            peer: [part.view(x.shape) for x, part in zip(xs, parcel.x.split(lengths), strict=True)]
+            for peer, parcel in came.items()
+            if parcel.x is not None
+        }
+        if call.op == "sum" and len(theirs) == 1:  # in either order it is the same sum
+            add_each_(xs, *theirs.values())
+        else:
+            for i, x in enumerate(xs):
+                out = x.contiguous()
+                reduce_in_order(
+                    call.op or "", [out if r == self._me else theirs[r][i].contiguous() for r in self.ranks], out
+                )
+                if out is not x:
+                    x.copy_(out)
+        self._guard.reuse(came)
+        self._write_down(call.name, self._traffic_of(agreed, shapes), begin_ns, mark, met)
+
     def _start_all_to_all(self, call: Call, xs: list[Tensor]) -> Handle[list[Tensor]]:
         begin_ns = time.perf_counter_ns()
         given: Parts = list(xs)
@@ -175,7 +211,7 @@ class ProcessCommunicator(Communicator):
 
     # -- what a rank calls, and what it gives -------------------------------------------------------------------------
 
-    def _announce(self, call: Call, given: Parts, shape: Any) -> str:
+    def _announce(self, call: Call, given: Given, shape: Any) -> str:
         """Tell the others what this rank calls and, unless another backend carries it, give them their parts."""
         self._guard.check_running(call)
         key = self._number(f"c{self._set}", f"c{self._set}")
@@ -184,7 +220,7 @@ class ProcessCommunicator(Communicator):
         self._send(given, key, words)
         return key
 
-    def _send(self, given: Parts, key: str, words: object) -> None:
+    def _send(self, given: Given, key: str, words: object) -> None:
         """Mail what the others are given; where the fabric carries it, the words alone."""
         if self._has_fabric:
             if words is not None:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplab.comm import coalesced, collectives
+from mplab.comm import collectives
+from mplab.comm.coalesced import CoalescedReduction
 from mplab.comm.communicator import Call, Communicator, Handle
 from mplab.comm.hub import Hub, Meeting
 from mplab.comm.ledger import Ledger, Message
@@ -26,11 +27,8 @@ from mplab.comm.memory import CudaMemory, HostMemory, new_like
 from mplab.errors import CollectiveMismatch
 from mplab.plan.cost import Link
 from mplab.plan.traffic import Traffic, direct_traffic
+from mplab.trace.live import LiveBytes
 from mplab.trace.recorder import Mark, Recorder
-
-# Up to this size one rank alone is faster than two that meet once more: on two cores at 1 MiB in 0.7 of their time, at
-# 4 MiB no longer.
-SMALL_BYTES = 1 << 20
 
 
 class ThreadCommunicator(Communicator):
@@ -191,9 +189,12 @@ class ThreadCommunicator(Communicator):
         meeting, is_last = self._come(key, call, None)
         if is_last:
             self._hub.complete(meeting)
-        else:
-            self._hub.wait(self._me, meeting, call, self.ranks)
+        self._await(meeting, call)
         self._observe(meeting)
+
+    def _await(self, meeting: Meeting, call: Call) -> None:
+        if not meeting.is_complete:
+            self._hub.wait(self._me, meeting, call, self.ranks)
 
     def _start(self, call: Call, x: Tensor | None) -> Handle[Tensor]:
         begin_ns = time.perf_counter_ns()
@@ -215,11 +216,13 @@ class ThreadCommunicator(Communicator):
             shared = x.contiguous()
             if call.name in ("all_reduce_", "all_gather_"):
                 target = x
-            elif call.name == "all_reduce" and x.nbytes > SMALL_BYTES:
+            elif call.name == "all_reduce" and x.nbytes > collectives.SMALL_BYTES:
                 target = new_like(shared)
         meeting, is_last = self._come(next(self._numbers), call, (shared, target))
         if is_last:
-            if all(item[0] is None or item[0].nbytes <= SMALL_BYTES for item in meeting.items):
+            is_small = all(item[0] is None or item[0].nbytes <= collectives.SMALL_BYTES for item in meeting.items)
+            # Where memory is counted, each rank makes its own results.
+            if is_small and (call.name == "all_reduce" or not LiveBytes.num_open):
                 self._observe(meeting)
                 meeting.met, meeting.last = self.trace.now(), self.rank
                 meeting.results = collectives.results_of_all(meeting.call, meeting.items, self._devices, self._memory)
@@ -230,8 +233,7 @@ class ThreadCommunicator(Communicator):
     def _finish(self, call: Call, meeting: Meeting, begin_ns: int, mark: Mark = None) -> Tensor:
         is_asynchronous = mark is None
         mark = self.trace.now() if is_asynchronous else mark
-        if not meeting.is_complete:
-            self._hub.wait(self._me, meeting, call, self.ranks)
+        self._await(meeting, call)
         if meeting.results is not None:
             out: Tensor = meeting.results[self.rank]
             if meeting.events[self.rank] is not None:
@@ -248,12 +250,13 @@ class ThreadCommunicator(Communicator):
             met = self.trace.now()
             out = collectives.result_of_one(meeting.call, meeting.items, self.rank, self._memory)
             self._meet_again((meeting.number, "done"), call)
+            x, _ = meeting.items[self.rank]
+            if x is not None:  # its memory is this rank's again, though slower ranks have still to read its shape
+                meeting.items[self.rank] = x.to("meta"), None
         self._end(call, meeting, begin_ns, mark, met, is_asynchronous)
         return out
 
-    def _end(
-        self, call: Call, meeting: Meeting, begin_ns: int, mark: Mark, met: Mark, is_asynchronous: bool
-    ) -> None:
+    def _end(self, call: Call, meeting: Meeting, begin_ns: int, mark: Mark, met: Mark, is_asynchronous: bool) -> None:
         """A collective is over, as soon as an emulated link has carried it."""
         traffic, on_the_way = self._traffic_of_all(meeting), None
         if self._link is not None:
@@ -262,35 +265,8 @@ class ThreadCommunicator(Communicator):
         self._write_down(call.name, traffic[self.rank], begin_ns, mark, met, on_the_way if is_known else None)
 
     def _start_coalesced(self, call: Call, xs: list[Tensor]) -> Handle[None]:
-        """Each rank's tensors stay where they are: whoever reduces reads and writes those of all ranks."""
-        begin_ns = time.perf_counter_ns()
         self._check_running(call)
-        shared = [x.contiguous() for x in xs]
-        meeting, is_last = self._come(next(self._numbers), call, shared)
-        if is_last:
-            if sum(x.nbytes for x in shared) <= SMALL_BYTES:
-                self._observe(meeting)
-                meeting.met, meeting.last = self.trace.now(), self.rank
-                coalesced.reduce_share(call.op or "", meeting.items, 0, 1, self._memory)
-                meeting.results = meeting.items
-                meeting.events = [self._memory.publish()] * self.size
-                self.trace.add("message", call.name, meeting.met, self.trace.now())
-            self._hub.complete(meeting)
-        return Handle(partial(self._finish_coalesced, call, meeting, xs, begin_ns))
-
-    def _finish_coalesced(self, call: Call, meeting: Meeting, xs: list[Tensor], begin_ns: int) -> None:
-        mark = self.trace.now()
-        if not meeting.is_complete:
-            self._hub.wait(self._me, meeting, call, self.ranks)
-        self._observe(meeting)
-        met = self.trace.now()
-        if meeting.results is None:
-            coalesced.reduce_share(call.op or "", meeting.items, self.rank, self.size, self._memory)
-            self._meet_again((meeting.number, "done"), call)
-        for x, shared in zip(xs, meeting.items[self.rank], strict=True):
-            if x is not shared:
-                x.copy_(shared)
-        self._end(call, meeting, begin_ns, mark, met, is_asynchronous=True)
+        return CoalescedReduction(self, call, xs)
 
     def _traffic_of_all(self, meeting: Meeting) -> list[Traffic]:
         """Every rank's traffic; training repeats its calls, so it is worked out once where the call decides it."""
@@ -315,8 +291,7 @@ class ThreadCommunicator(Communicator):
 
     def _finish_all_to_all(self, call: Call, meeting: Meeting, begin_ns: int) -> list[Tensor]:
         mark = self.trace.now()
-        if not meeting.is_complete:
-            self._hub.wait(self._me, meeting, call, self.ranks)
+        self._await(meeting, call)
         received = []
         for copies, event in zip(meeting.items, meeting.events, strict=True):
             received.append(copies[self.rank])

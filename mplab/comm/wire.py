@@ -80,26 +80,35 @@ class Wire:
         for thread in (*self._receivers, self._releaser):
             thread.start()
 
-    def send(self, peers: Sequence[int], words: object, x: Tensor | None = None, borrowed: bool = False) -> None:
+    def send(
+        self, peers: Sequence[int], words: object, x: Tensor | Sequence[Tensor] | None = None, borrowed: bool = False
+    ) -> None:
         """Send one parcel to some peers, without waiting; `x` is copied.
 
         Args:
             peers: to whom.
             words: anything that JSON can hold.
-            x: any shape, dtype, layout in memory and device.
+            x: any shape, dtype, layout in memory and device; or several of one dtype on the CPU, which travel joined.
             borrowed: the receivers will give the memory back.
         """
         if not peers:
             return
-        about = [words] if x is None else [words, str(x.dtype).removeprefix("torch."), list(x.shape)]
+        xs = [] if x is None else [x] if isinstance(x, Tensor) else list(x)
+        size = sum(part.nbytes for part in xs)
+        shape = list(x.shape) if isinstance(x, Tensor) else [sum(part.numel() for part in xs)]
+        about = [words, str(xs[0].dtype).removeprefix("torch."), shape] if xs else [words]
         text = json.dumps(about, separators=(",", ":")).encode()
         start = -(-(_LENGTHS.size + len(text)) // _ALIGN_BYTES) * _ALIGN_BYTES
-        num_bytes = start + (0 if x is None else x.nbytes)
+        num_bytes = start + size
         memory = self._spare.take(max(num_bytes, FRAME_BYTES))
         head = _LENGTHS.pack(num_bytes, len(text), borrowed) + text
         memory.numpy()[: len(head)] = np.frombuffer(head, np.uint8)
-        if x is not None and x.numel():
-            memory[start:num_bytes].view(x.dtype).view(x.shape).copy_(x)
+        if size:
+            place = memory[start:num_bytes].view(xs[0].dtype)
+            if isinstance(x, Tensor):
+                place.view(x.shape).copy_(x)
+            else:
+                torch.cat([part.reshape(-1) for part in xs], out=place)
         broken = []
         with self._sending:  # a frame and its rest, of one parcel after the other
             works = []

@@ -29,7 +29,12 @@ class Bucket:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.num_bytes = sum(p.nbytes for p in parameters)
-        self.missing: set[nn.Parameter] = set()  # those whose gradient this backward has not computed yet
+        self.sums: dict[nn.Parameter, Tensor] = {}  # of the gradients that this backward has computed already
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this backward has computed all of its gradients."""
+        return len(self.sums) == len(self.parameters)
 
 
 def make_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[Bucket]:
@@ -95,7 +100,7 @@ class Reducer:
         if comm.device.type == "cuda" and self._side is None:
             self._side = torch.cuda.Stream(comm.device)
         for bucket in self.buckets:
-            bucket.missing = set(bucket.parameters)
+            bucket.sums.clear()
         try:
             yield
             for bucket in self.buckets[self._num_started :]:
@@ -116,14 +121,18 @@ class Reducer:
             if self._comm is None:  # gradients that are only added to those of earlier backwards
                 return
             assert isinstance(p, nn.Parameter)
-            if p not in bucket.missing:
+            assert p.grad is not None
+            if p in bucket.sums:
                 raise MplabError(
                     f"{self.names[p]} got a second gradient in one backward, and its first may be on its way already: "
                     "use overlap=False; of torch.utils.checkpoint take use_reentrant=False"
                 )
-            bucket.missing.remove(p)
-            while self._num_started < len(self.buckets) and not self.buckets[self._num_started].missing:
-                self._start(self.buckets[self._num_started])
+            bucket.sums[p] = p.grad.sum()  # at once, while the gradient is in the cache
+            if bucket.is_full:
+                for handle in self._handles:
+                    handle.advance()
+                while self._num_started < len(self.buckets) and self.buckets[self._num_started].is_full:
+                    self._start(self.buckets[self._num_started])
 
         return ready
 
@@ -136,7 +145,8 @@ class Reducer:
                 p.grad = torch.zeros_like(p)
         grads = [p.grad for p in bucket.parameters if p.grad is not None]
         # A sum has a NaN or an Inf if any of its elements has one, and takes one pass.
-        sums = torch.stack([g.sum() for g in grads])
+        each = (bucket.sums.get(p) for p in bucket.parameters)
+        sums = torch.stack([g.sum() if s is None else s for s, g in zip(each, grads, strict=True)])
         if self._side is None:
             self._check(bucket, sums)
         else:  # asking a GPU would keep the host waiting: at the end, before anyone has changed a weight
