@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def all_threads_config() -> Any | None:
@@ -30,3 +33,53 @@ def trace_start_ns(profiler: torch.profiler.profile) -> int | None:
     """When a stopped profiler's trace began (`time.time_ns`); 0 if it was lost, and then its export crashes."""
     result: Any = getattr(profiler.profiler, "kineto_results", None)
     return int(result.trace_start_ns()) if hasattr(result, "trace_start_ns") else None
+
+
+def add_each_(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
+    """x += y for each pair, without going through Python for each, where torch can."""
+    try:
+        add = torch._foreach_add_
+    except AttributeError:
+        for x, y in zip(xs, ys, strict=True):
+            x.add_(y)
+    else:
+        add(list(xs), list(ys))
+
+
+def copy_each_(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
+    """x becomes y for each pair, without going through Python for each, where torch can."""
+    try:
+        copy = torch._foreach_copy_
+    except AttributeError:
+        for x, y in zip(xs, ys, strict=True):
+            x.copy_(y)
+    else:
+        copy(list(xs), list(ys))
+
+
+def is_shared(x: Tensor) -> bool:
+    """Whether another tensor lies in the same memory, autograd's own included; True if torch does not tell."""
+    try:
+        count = torch._C._storage_Use_Count
+    except AttributeError:
+        return True
+    return bool(count(x.untyped_storage()._cdata) > 2)  # the tensor, and what `untyped_storage` has just made
+
+
+def seeing_ops(see: Callable[[Any, Any, Any], None]) -> AbstractContextManager[Any] | None:
+    """Inside it `see(op, arguments, result)` is called after every op of this thread, backward's too; None if torch
+    lacks it. What torch makes public sees an op where Python calls it, and so none of backward's.
+    """
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError:
+        return None
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            see(func, (args, kwargs), result)
+            return result
+
+    seeing: AbstractContextManager[Any] = Seeing()  # type: ignore[no-untyped-call]
+    return seeing

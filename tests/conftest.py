@@ -7,6 +7,11 @@ import importlib.util
 import pytest
 import torch
 from browser import CHROMIUM_NAMES, find_chromium
+from hypothesis import settings
+
+# No time makes a test fail.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

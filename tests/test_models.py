@@ -48,7 +48,7 @@ def test_weights_are_the_same_in_another_process() -> None:
 
 
 @given(order=st.permutations(range(4)), num_parts=st.integers(1, 4))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_weights_are_the_same_in_any_order_and_for_any_part(order: list[int], num_parts: int) -> None:
     whole = untied(num_layers=4)
     parts = nn.ModuleDict({f"{index}": untied(num_layers=4).blocks[index] for index in order[:num_parts]})
@@ -184,7 +184,6 @@ def plain_gpt(weights: dict[str, Tensor], tokens: Tensor, config: GPTConfig) -> 
     length=st.integers(1, 6),
     tied=st.booleans(),
 )
-@settings(deadline=None)
 def test_the_logits_are_those_of_the_formulas(
     num_layers: int, num_heads: int, head_size: int, length: int, tied: bool
 ) -> None:
@@ -196,7 +195,6 @@ def test_the_logits_are_those_of_the_formulas(
 
 
 @given(place=st.integers(0, 5), token=st.integers(0, 10))
-@settings(deadline=None)
 def test_a_later_token_does_not_alter_earlier_logits(place: int, token: int) -> None:
     model, changed = GPT(SMALL), TOKENS.clone()
     changed[:, place] = token

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mplab.errors import MplabError
@@ -94,7 +94,6 @@ def spans(schedule: Schedule, timeline: Timeline) -> dict[Action, Event]:
 # --- free messages, a core a rank -----------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(steps(), st.sampled_from([None, 0, 1]))
 def test_it_is_exactly_what_the_schedule_says(step: tuple[Schedule, list[LayerCost]], spare_cores: int | None) -> None:
     schedule, costs = step
@@ -127,14 +126,12 @@ def test_a_backward_without_known_parts_is_halved() -> None:
 # --- links ----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
 def test_naive_waits_for_every_message(p: int, m: int, forward: int, backward: int, message: int) -> None:
     timeline = simulate(build("naive", p, m), stages(*[(forward, backward)] * p), delay(message))
     assert timeline.makespan_s == m * (p * (forward + backward) + 2 * (p - 1) * message)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(1, 6), st.integers(0, 9), st.integers(0, 9), st.integers(0, 20))
 def test_gpipe_hides_all_messages_but_the_first_until_the_link_is_the_slowest(
     p: int, m: int, forward: int, backward: int, message: int
@@ -211,7 +208,6 @@ def test_a_slower_stage_can_make_a_step_shorter_where_two_send_to_one() -> None:
     assert times == [74, 72]
 
 
-@settings(deadline=None)
 @given(steps(max_ranks=2), LINKS, st.data())
 def test_two_ranks_are_never_faster_with_slower_stages_or_links(
     step: tuple[Schedule, list[LayerCost]], link: Link | None, data: st.DataObject
@@ -271,7 +267,6 @@ def test_a_rank_without_work_takes_no_core() -> None:
     assert (timeline.num_ranks, timeline.makespan_s, timeline.notes) == (2, 4, ("predicted, not measured",))
 
 
-@settings(deadline=None)
 @given(steps(), st.floats(0.0, 1.0))
 def test_one_core_is_never_idle_where_messages_are_free(
     step: tuple[Schedule, list[LayerCost]], launch_s: float
@@ -282,7 +277,6 @@ def test_one_core_is_never_idle_where_messages_are_free(
     assert timeline.makespan_s == pytest.approx(work)
 
 
-@settings(deadline=None)
 @given(steps(), MACHINES)
 def test_cores_do_the_work_and_no_more(step: tuple[Schedule, list[LayerCost]], machine: dict[str, Any]) -> None:
     schedule, costs = step
@@ -326,7 +320,6 @@ def test_a_rank_updates_all_its_stages_at_once() -> None:
 # --- what holds for every timeline ----------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(steps(), MACHINES)
 def test_every_timeline_keeps_the_rules(step: tuple[Schedule, list[LayerCost]], machine: dict[str, Any]) -> None:
     schedule, costs = step
@@ -362,7 +355,6 @@ def test_every_timeline_keeps_the_rules(step: tuple[Schedule, list[LayerCost]], 
         assert sum(e.size_bytes for e in sent) == sum(crossed) * schedule.num_microbatches
 
 
-@settings(deadline=None)
 @given(steps(), MACHINES)
 def test_nothing_is_faster_than_free_messages_and_a_core_a_rank(
     step: tuple[Schedule, list[LayerCost]], machine: dict[str, Any]

@@ -27,7 +27,6 @@ from mplab.comm.memory import CudaMemory, HostMemory, new_like
 from mplab.errors import CollectiveMismatch
 from mplab.plan.cost import Link
 from mplab.plan.traffic import Traffic, direct_traffic
-from mplab.trace.live import LiveBytes
 from mplab.trace.recorder import Mark, Recorder
 
 
@@ -221,8 +220,7 @@ class ThreadCommunicator(Communicator):
         meeting, is_last = self._come(next(self._numbers), call, (shared, target))
         if is_last:
             is_small = all(item[0] is None or item[0].nbytes <= collectives.SMALL_BYTES for item in meeting.items)
-            # Where memory is counted, each rank makes its own results.
-            if is_small and (call.name == "all_reduce" or not LiveBytes.num_open):
+            if is_small:
                 self._observe(meeting)
                 meeting.met, meeting.last = self.trace.now(), self.rank
                 meeting.results = collectives.results_of_all(meeting.call, meeting.items, self._devices, self._memory)

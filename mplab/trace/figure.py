@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from mplab.errors import MplabError
-from mplab.trace.event import LANES, Event, Lane
+from mplab.trace.event import Event, Lane
 from mplab.trace.intervals import merge, overlap_s
 from mplab.trace.units import format_s, signed_s, unit_of
 
@@ -44,7 +44,7 @@ _LOOKS: dict[Lane, tuple[_Look, ...]] = {
     "wait": (_Look("#EDEDED", "black", "#707070"),),
 }
 _PREDICTED = _Look("rgba(0,0,0,0)", "black", "#222222")
-_HATCHING: dict[Lane, str] = {"compute": "", "message": "/", "wait": "x"}
+_HATCHING: dict[Lane, str] = {"compute": "", "wait": "x", "message": "/"}  # a message lies over the wait for it
 
 
 class Band(NamedTuple):
@@ -96,10 +96,13 @@ def draw_bands(
     figure = go.Figure()
     labels: list[tuple[float, float, str, str]] = []
     for events, band in bands:
-        thin = [
-            merge((e.start_s, e.end_s) for e in events if e.rank == rank and e.lane != "compute")
-            for rank in range(num_ranks)
-        ]
+        messages, thin = (
+            [
+                merge((e.start_s, e.end_s) for e in events if e.rank == rank and e.lane in lanes)
+                for rank in range(num_ranks)
+            ]
+            for lanes in (("message",), ("message", "wait"))
+        )
         for name, lane, look, bars in _outlined(events, band) if band.is_outlined else _filled(events, band):
             figure.add_bar(
                 orientation="h",
@@ -118,9 +121,10 @@ def draw_bands(
             )
             for event, centre, _, is_inner in bars:
                 label = _label(event, _NARROW_PLOT_PX * event.duration_s / (end_s - start_s or 1.0)) if is_inner else ""
-                if label:
-                    covered_s = overlap_s([(event.start_s, event.end_s)], thin[event.rank])
-                    is_covered = lane == "compute" and covered_s > _COVERED * event.duration_s
+                over = {"compute": thin, "wait": messages}.get(lane)
+                covered_s = overlap_s([(event.start_s, event.end_s)], over[event.rank]) if label and over else 0.0
+                is_covered = covered_s > _COVERED * event.duration_s
+                if label and not (is_covered and lane == "wait"):
                     middle = (event.start_s + event.end_s) / 2 / unit_s
                     labels.append((middle, centre - band.height / 4 * is_covered, label, look.text))
     if labels:
@@ -135,7 +139,7 @@ def draw_bands(
 
 def _filled(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _Look, list[_Bar]]]:
     """What is drawn alike: every lane, and within the compute lane every name (names beyond the fourth share looks)."""
-    for lane in LANES:
+    for lane in _HATCHING:
         bars = _bars([e for e in events if e.lane == lane], band)
         looks = _LOOKS[lane]
         names = list(dict.fromkeys(bar.event.name for bar in bars))
