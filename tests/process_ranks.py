@@ -6,6 +6,7 @@ Each process writes what it saw of each scenario to FOLDER/SCENARIO.RANK.json.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -16,13 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import data_parallel as data
+import pytest
 import torch
 from conformance import CHECKS, checks_of, groups, ledgers, messages
 from pipelines import ALL_ORDERS, OPTIMIZERS, assert_losses, assert_weights, batches, chain, serial_chain, stages_a_rank
 
 from mplab import Mesh, MplabError, Rank, World
 from mplab.comm.reduction import OPS
-from mplab.parallel import PipelineParallel
+from mplab.parallel import DataParallel, PipelineParallel, naive_data_parallel, parameter_server, scatter_gather
 from mplab.plan.partition import by_depth
 from mplab.world.launch import ProcessWorld
 
@@ -161,6 +164,50 @@ def train(rank: Rank) -> list[Any]:
     return [results, [message[:6] for message in rank.comm.ledger.messages]]
 
 
+def data_parallel(rank: Rank) -> list[Any]:
+    """Every way of data parallelism: losses, weights and messages to the bit."""
+    results: list[Any] = []
+    for step, (variant, optimizer, num_samples, num_steps) in itertools.product(WAYS, RUNS):
+        model = data.model(variant)
+        own = data.OPTIMIZERS[optimizer](model.parameters())
+        losses = [step(model, own, batch, rank.comm) for batch in data.batches(num_samples, num_steps)]
+        want = data.serial(variant, optimizer, rank.size, num_samples=num_samples, num_steps=num_steps)
+        assert losses == pytest.approx(want.losses, abs=1e-10)
+        results += [digest(torch.tensor(losses)), *map(digest, model.state_dict().values())]
+    return [results, [message[:6] for message in rank.comm.ledger.messages]]
+
+
+RUNS = ("tied", "sgd", 11, 10), ("tied", "adamw", 11, 10), ("branch", "adamw", 1, 3)  # the last: one sample
+WAYS = naive_data_parallel, parameter_server, scatter_gather
+
+
+def in_buckets(rank: Rank) -> list[Any]:
+    """`DataParallel` held to serial training; losses, weights and messages to the bit."""
+    results: list[Any] = []
+    runs: list[tuple[str, str, dict[str, Any]]] = [
+        ("plain", "sgd", {"bucket_bytes": 200}),
+        ("conv", "adamw", {"bucket_bytes": 1, "overlap": False}),
+        ("used twice", "sgd", {"max_norm": 0.5}),
+        ("unused", "adamw", {"bucket_bytes": 200}),
+        ("branch", "adamw", {"bucket_bytes": 200}),
+        ("frozen", "adamw", {"bucket_bytes": 200, "num_microbatches": 2}),
+        ("tied", "adamw", {"autocast": torch.bfloat16}),
+    ]
+    for dtype, (variant, optimizer, options) in itertools.product((torch.float32, torch.float64), runs):
+        start = data.model(variant, dtype, seed=rank.index)
+        engine = DataParallel(start, rank.comm, optimizer=data.OPTIMIZERS[optimizer], **options)
+        for num_samples in (11, 1):
+            got = data.follow(engine.step, engine.model, data.batches(num_samples, 4))
+            if num_samples == 11 and "autocast" not in options:
+                want = data.serial(variant, optimizer, rank.size, dtype, num_steps=4, max_norm=options.get("max_norm"))
+                data.assert_trained_alike(got, want, 1e-6 if "num_microbatches" in options else 0.0)
+            results += [digest(torch.tensor(got.losses)), *map(digest, engine.state_dict().values())]
+    mine = tuple(x[rank.index :: rank.size] for x in data.batches(3, 1)[0])
+    assert engine.step_shard((mine[0], mine[1])) > 0
+    results += map(digest, engine.state_dict().values())
+    return [results, [message[:6] for message in rank.comm.ledger.messages]]
+
+
 def in_two_runs(world: ProcessWorld) -> Any:
     """A pipeline of one run of the world goes on in the next."""
     data, trained = batches(num_batches=4), serial_chain("sgd", 4, tied=True)
@@ -209,6 +256,14 @@ def raising_in_a_step(rank: Rank) -> None:
 
     options = {"num_microbatches": 3, "optimizer": OPTIMIZERS["sgd"], "loss_fn": loss}
     PipelineParallel(chain(), (4,), rank.comm, **options).step(batches()[0])
+
+
+def out_of_memory(rank: Rank) -> None:
+    rank.comm.barrier()
+    if rank.index == 1:
+        with rank.span("forward"):
+            torch.empty(1 << 50, dtype=torch.uint8)
+    rank.comm.all_reduce(X)
 
 
 def interrupted(rank: Rank) -> None:
@@ -309,11 +364,22 @@ FAULTS: dict[str, Callable[[Rank], Any]] = {
         lambda r: r.comm.group(range(r.size)).all_reduce_(X),
         lambda r: r.comm.group(list(reversed(range(r.size)))).all_reduce_(X),
     ),
+    "differ_in_lists": differ(
+        lambda r: r.comm.all_reduce_coalesced_([X[:4], X[4:]]), lambda r: r.comm.all_reduce_coalesced_([X[4:], X[:4]])
+    ),
+    "differ_in_number": differ(
+        lambda r: r.comm.all_reduce_coalesced_([X]), lambda r: r.comm.all_reduce_coalesced_([X[:4], X[4:]])
+    ),
+    "differ_in_dtype_of_lists": differ(
+        lambda r: r.comm.all_reduce_coalesced_([X]), lambda r: r.comm.all_reduce_coalesced_([X.int()])
+    ),
+    "differ_in_place": differ(lambda r: r.comm.all_gather_(X), lambda r: r.comm.all_gather_(X.view(2, 3))),
     "differ_large": differ(
         lambda r: r.comm.all_reduce_(LARGE), lambda r: r.comm.all_reduce_(LARGE.view(2, -1)), lambda r: r.comm.barrier()
     ),
     "raising": raising,
     "raising_in_a_step": raising_in_a_step,
+    "out_of_memory": out_of_memory,
     "interrupted": interrupted,
     "early": early,
     "ring": ring,
@@ -334,6 +400,8 @@ CHECKED: dict[str, Callable[[ProcessWorld], Any]] = {
     "timeline": timeline,
     "backward": backward,
     "train": lambda world: world.run(train)[0],
+    "data_parallel": lambda world: world.run(data_parallel)[0],
+    "in_buckets": lambda world: world.run(in_buckets)[0],
     "in_two_runs": in_two_runs,
     "late_but_in_time": lambda world: world.run(late_but_in_time),
     "between_runs": lambda world: (world.run(between_runs), world.run(between_runs), SEEN.get("received"))[2],

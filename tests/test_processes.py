@@ -39,6 +39,8 @@ TWO = [
     "between_runs",
     "late_but_in_time",
     "train",
+    "data_parallel",
+    "in_buckets",
     "in_two_runs",
 ]
 FAULTS = [name for name in process_ranks.FAULTS if name not in ("cycle_of_groups", "hanging", "killed")]
@@ -48,6 +50,8 @@ FOUR = [
     "conformance_of_groups",
     "timeline",
     "train",
+    "data_parallel",
+    "in_buckets",
     "cycle_of_groups",
     "cycle",
     "early",
@@ -194,6 +198,16 @@ def test_pipelines_train_like_those_of_thread_ranks_to_the_bit(launch: Launch) -
         assert len(got[0]) > 100
 
 
+@pytest.mark.parametrize("scenario", ["data_parallel", "in_buckets"])
+def test_data_parallelism_trains_like_that_of_thread_ranks_to_the_bit(launch: Launch, scenario: str) -> None:
+    """Losses, weights and messages of every way to do it."""
+    of_threads = World(launch.num_ranks, "cpu").run(getattr(process_ranks, scenario))
+    for got, want in zip(launch.said(scenario), of_threads, strict=True):
+        assert got[0] == want[0]
+        assert got[1] == json.loads(json.dumps(want[1]))
+        assert len(got[0]) > 50
+
+
 def test_a_pipeline_goes_on_in_another_run(two: Launch) -> None:
     first, second = two.said("in_two_runs")
     assert first == second == pytest.approx(process_ranks.serial_chain("sgd", 4, tied=True).losses)
@@ -220,6 +234,18 @@ def test_a_raising_rank_stops_the_others_within_a_second(launch: Launch) -> None
             assert said["text"].startswith(tuple(f"rank {rank} stopped in {call}: " for call in where))
         assert said["again"] in ("PeerFailure", "KeyError")  # the world has failed for good
         assert said["took_s"] < 1
+
+
+def test_a_rank_out_of_memory_says_how_much_and_what_to_lower(two: Launch) -> None:
+    waiting, raised = two.said("out_of_memory")
+    assert raised["kind"] == "RuntimeError"
+    assert "DefaultCPUAllocator: can't allocate memory" in raised["text"]
+    where, lower = raised["notes"]
+    assert where == "(rank 1 of 2 in forward; all other ranks were told to stop)"
+    assert lower.startswith("rank 1 ran out of memory on cpu when it asked for 1,125,899,906,842,624 bytes. To lower")
+    assert (waiting["kind"], waiting["notes"]) == ("PeerFailure", [])
+    assert "rank 1 failed with RuntimeError: [enforce fail" in waiting["text"]
+    assert max(waiting["took_s"], raised["took_s"]) < 1
 
 
 @pytest.mark.parametrize("scenario", [name for name in FAULTS if name.startswith("differ")])

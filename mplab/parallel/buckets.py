@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mplab.comm.communicator import Communicator, Handle
 from mplab.errors import MplabError, NonFiniteGradient
+from mplab.private import is_shared
 
 
 class Bucket:
@@ -129,8 +130,9 @@ class Reducer:
                 )
             bucket.sums[p] = p.grad.sum()  # at once, while the gradient is in the cache
             if bucket.is_full:
-                for handle in self._handles:
-                    handle.advance()
+                with self._aside(waits=False):
+                    for handle in self._handles:
+                        handle.advance()
                 while self._num_started < len(self.buckets) and self.buckets[self._num_started].is_full:
                     self._start(self.buckets[self._num_started])
 
@@ -143,6 +145,8 @@ class Reducer:
             if p.grad is None:
                 self.unused.add(p)
                 p.grad = torch.zeros_like(p)
+            elif is_shared(p.grad):  # with another parameter's, or with what this backward has still to read
+                p.grad = p.grad.clone()
         grads = [p.grad for p in bucket.parameters if p.grad is not None]
         # A sum has a NaN or an Inf if any of its elements has one, and takes one pass.
         each = (bucket.sums.get(p) for p in bucket.parameters)

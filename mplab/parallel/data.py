@@ -147,6 +147,8 @@ class DataParallel:
         return self._step(mine, num_samples)
 
     def _step(self, mine: Batch, num_samples: int) -> float:
+        if not self._is_syncing:
+            raise MplabError("step inside no_sync(): each rank would update by its own gradients; call backward there")
         self.optimizer.zero_grad()
         inputs, targets = (tensor.to(self.comm.device) for tensor in mine)
         parts = [

@@ -22,6 +22,7 @@ from mplab.trace.recorder import Recorder
 from mplab.trace.timeline import Timeline
 from mplab.world import rungs
 from mplab.world.join import Member, join
+from mplab.world.out_of_memory import out_of_memory_note
 from mplab.world.rank import Rank
 from mplab.world.state import on_device, zero_marks
 
@@ -86,7 +87,8 @@ class ProcessWorld:
             A list with this rank's result alone.
 
         Raises:
-            Exception: what `fn` raised here; the launcher sees it too, when nobody catches it.
+            Exception: what `fn` raised here, with a note of what to lower if it ran out of memory; the launcher sees it
+                too, when nobody catches it.
             PeerFailure: another rank failed.
             Deadlock, CommTimeout, CollectiveMismatch: ranks could not go on; raised in each of them.
         """
@@ -108,6 +110,8 @@ class ProcessWorld:
             if self._guard.failure is not None and self._guard.failure.rank == rank.index:
                 doing = f" in {rank.trace.failed_in}" if rank.trace.failed_in else ""
                 error.add_note(f"(rank {rank.index} of {self.size}{doing}; all other ranks were told to stop)")
+            if note := out_of_memory_note(error, rank.index, rank.device):
+                error.add_note(note)
             raise
         return [result]
 

@@ -22,6 +22,7 @@ from mplab.trace.profiler import RankProfiler
 from mplab.trace.recorder import Recorder
 from mplab.trace.timeline import Timeline
 from mplab.world import rungs
+from mplab.world.out_of_memory import out_of_memory_note
 from mplab.world.output import RankOutput
 from mplab.world.rank import Rank
 from mplab.world.state import ThreadState, keep_freed_memory, on_device, zero_marks
@@ -163,7 +164,8 @@ class World:
             What each rank returned, in rank order.
 
         Raises:
-            Exception: the first one that a rank raised, with a note that says which rank; the other ranks were stopped.
+            Exception: the first one that a rank raised, with a note that says which rank, and what to lower if it ran
+                out of memory; the other ranks were stopped.
             Deadlock, CommTimeout, CollectiveMismatch: ranks could not go on.
             KeyboardInterrupt: Ctrl-C; all ranks were stopped.
         """
@@ -281,4 +283,6 @@ def _explained(hub: Hub, ranks: list[Rank]) -> BaseException:
         doing = hub.failed_at or ranks[rank].trace.failed_in
         where = f" in {doing}" if doing else ""
         error.add_note(f"(rank {rank} of {hub.num_ranks}{where}; all other ranks were stopped)")
+        if note := out_of_memory_note(error, rank, ranks[rank].device):
+            error.add_note(note)
     return error

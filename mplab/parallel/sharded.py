@@ -1,0 +1,365 @@
+"""Sharded data parallelism (ZeRO): of what all n ranks need, each keeps a part.
+
+    kept by a rank   weights   gradients   optimizer's state
+    stage 1          all       all         1/n
+    stage 2          all       1/n         1/n
+    stage 3          1/n       1/n         1/n
+
+In stage 3 weights are there while they are used, and each unit (a layer) is gathered while another computes:
+
+    messages   gather 0 | gather 1  | gather 2  |           | gather 1   | reduce 2, gather 0 | reduce 1   | reduce 0
+    compute             | forward 0 | forward 1 | forward 2 | backward 2 | backward 1         | backward 0 |
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mplab.comm.communicator import Communicator, Handle
+from mplab.datasets import Batch, shard
+from mplab.errors import MplabError, NonFiniteGradient
+from mplab.models import cross_entropy, layers
+from mplab.parallel.agree import check_agreement
+from mplab.parallel.flat import Flat, Unit, make_units, merged_state, split_state
+from mplab.parallel.pipeline import OptimizerFactory
+from mplab.parallel.serial import LossFunction, check_batch
+from mplab.parallel.shares import (
+    autocasting,
+    broadcast_state,
+    check_same_rank,
+    check_training,
+    close_step,
+    described,
+    total_samples,
+)
+
+
+class ShardedDataParallel:
+    """Trains a model on every rank's share of a batch, as `Serial` would on all of it, in less memory than it takes.
+
+    The optimizer gets this rank's pieces of the parameters, each with one dim: it must treat every element alike, as
+    SGD and Adam do. Of P bytes of trained parameters and m micro-batches a rank sends and receives (n - 1)/n of:
+
+    - stage 1: P of gradients and P of weights, as much as an all-reduce. The gradients of micro-batches add up whole,
+      and are reduced once.
+    - stage 2: m P of gradients and P of weights. A unit's gradients are reduced as soon as its backward is over, for
+      each micro-batch, so that no more than 1/n of them is kept.
+    - stage 3: m P of gradients and up to 2 m P of weights, gathered for each forward and once more for each backward.
+      The last unit stays from forward to backward; those below the first trained one have no backward.
+
+    A unit is a layer, with those after it that have no parameters. What several units use (tied weights) makes a unit
+    of its own, the root, which is gathered once a step and stays for all of it. Between steps the weights of `model`
+    have no memory in stage 3: `full_state_dict()` has them.
+
+    Args:
+        model: what `mplab.models.layers` can turn into a chain; it is copied, and never changed.
+        comm: this rank's communicator.
+        stage: 1 shards the optimizer's state, 2 gradients too, 3 weights too.
+        loss_fn: outputs and targets -> mean loss over the samples.
+        optimizer: makes the optimizer of this rank's pieces.
+        num_microbatches: parts in which a rank's samples are computed before the one update.
+        max_norm: longest gradient (2-norm over all parameters); a longer one is scaled down to it. None: any.
+        autocast: `torch.bfloat16` computes the forward in it where that is safe; autograd then keeps a bfloat16 copy of
+            each weight of a matrix product until its backward, also in stage 3.
+
+    Raises:
+        MplabError: a model that is no chain or has nothing to train, another stage, dtype or setting than these, or
+            ranks that were given different ones; before any training.
+
+    **Communication**: at the start, the settings (all_gather), weights and buffers of rank 0 (broadcast).
+
+    Reference:
+        Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion parameter models", SC 2020, sections 5
+        and 7.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        comm: Communicator,
+        stage: int = 3,
+        loss_fn: LossFunction = cross_entropy,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        num_microbatches: int = 1,
+        max_norm: float | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if stage not in (1, 2, 3):
+            raise MplabError(
+                f"stage {stage}: must be 1 (optimizer's state sharded), 2 (gradients too) or 3 (weights too)"
+            )
+        check_training(loss_fn, optimizer, num_microbatches, max_norm, autocast)
+        layers(model)  # refuses what is no chain
+        if not any(p.requires_grad for p in model.parameters()):
+            raise MplabError("no parameter of this model is trained: set requires_grad of some to True")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_meta:
+                raise MplabError(f"{name} is on the meta device and has no values: build the model on a real device")
+        check_agreement(
+            comm,
+            {
+                "stage": stage,
+                "num_microbatches": num_microbatches,
+                "max_norm": max_norm,
+                "autocast": str(autocast),
+                "parameters": described(model),
+            },
+        )
+        self.comm, self.stage, self.loss_fn = comm, stage, loss_fn
+        self.num_microbatches, self.max_norm, self.autocast = num_microbatches, max_norm, autocast
+        self.num_steps = 0
+        self.model = copy.deepcopy(model).to(comm.device)
+        broadcast_state(self.model, comm)
+        self._units, self._root = make_units(self.model, comm, is_sharded=stage == 3)
+        self._flats = [flat for unit in (*self._units, self._root) for flat in unit.flats]
+        self._trained = [flat for unit in (*reversed(self._units), self._root) for flat in unit.trained]
+        self._first = [unit.is_trained for unit in self._units].index(True)  # below it no backward comes
+        pieces = [piece for flat in self._trained for piece in flat.pieces]
+        self.optimizer = optimizer(pieces) if pieces else None
+        self._coming: list[Handle[Tensor]] = []
+        self._reducing: list[tuple[Flat, Handle[Tensor]]] = []
+        self._unit = -1  # whose backward is under way
+        self._is_in_step = False
+        if stage == 3:
+            self.model.register_forward_pre_hook(_refuse_call)
+
+    def connect(self, comm: Communicator) -> None:
+        """Go on in another run of the world, with this rank's communicator there.
+
+        Raises:
+            MplabError: it is another rank's.
+        """
+        check_same_rank(comm, self.comm)
+        self.comm = comm
+
+    # -- the model in one piece ----------------------------------------------------------------------------------------
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The whole model's ordinary `state_dict`, on every rank, as copies; the optimizer's state is not in it.
+
+        **Communication**: in stage 3 all weights (all_gather_), in every stage rank 0's buffers (broadcast).
+        """
+        return merged_state(self.model, self._flats, self.comm)
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take this rank's share of a whole model's `state_dict`; the optimizer's state stays as it is.
+
+        Args:
+            state: of the model, from any number of ranks or any stage, or of the model by itself; the same on every
+                rank.
+
+        Raises:
+            MplabError: other names or shapes than the model's; nothing has changed then.
+
+        **Communication**: none.
+        """
+        split_state(self.model, self._flats, state)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch) -> float:
+        """One update.
+
+        Args:
+            batch: all of it on every rank, on any device; each takes its share, `mplab.datasets.shard`.
+
+        Returns:
+            The mean loss over the batch's samples, before the update; the same on every rank.
+
+        Raises:
+            MplabError: inputs and targets of different lengths, no samples, or batches of different sizes on the ranks.
+            NonFiniteGradient: this rank's gradient has a NaN or an Inf; no weight has changed then, on any rank.
+
+        **Communication**: of each unit its gradients (reduce_scatter) and its weights (all_gather_), as often as the
+        stage has it; one all_reduce_ of 2 + number of trained parameters float64: the loss, the batch size, and which
+        parameters were used; with `max_norm` one of 1 float64.
+        """
+        return self._step(shard(batch, self.comm), check_batch(batch))
+
+    def step_shard(self, batch: Batch) -> float:
+        """`step` on this rank's own samples; ranks may have different numbers of them, and some none.
+
+        **Communication**: as `step`, and all_gather of 8 bytes, the number of samples.
+        """
+        return self._step(batch, total_samples(batch, self.comm))
+
+    def _step(self, batch: Batch, num_samples: int) -> float:
+        """One update on this rank's part of `num_samples`."""
+        self._forget_last_step()
+        self._is_in_step = True
+        if self.stage < 3:
+            losses = self._compute(batch, num_samples)
+        else:
+            try:
+                for flat in self._flats:
+                    flat.show()
+                for handle in self._root.gather(self.comm):
+                    handle.wait()
+                losses = self._compute(batch, num_samples)
+                self._root.free()
+            finally:
+                for flat in self._flats:
+                    flat.hide()
+        mean = self._close(losses, num_samples)
+        with self.comm.trace.span("update"):
+            if self.optimizer is not None:
+                self.optimizer.step()
+        if self.stage < 3:
+            for handle in [self.comm.iall_gather_(flat.whole) for flat in self._trained]:
+                handle.wait()
+        self._is_in_step = False
+        self.num_steps += 1
+        return mean
+
+    def _compute(self, batch: Batch, num_samples: int) -> list[Tensor]:
+        """Forward, backward and reduction of all micro-batches; their shares of the mean loss."""
+        span, num_parts, losses = self.comm.trace.span, self.num_microbatches, []
+        of_parts = (tensor.detach().to(self.comm.device).tensor_split(num_parts) for tensor in batch)
+        for j, (inputs, targets) in enumerate(zip(*of_parts, strict=True)):
+            microbatch = j if num_parts > 1 else None
+            with span("forward", microbatch):
+                loss = self._forward(inputs, targets, len(inputs) / num_samples)
+            with span("backward", microbatch):
+                self._backward(loss)
+            if loss is not None:
+                losses.append(loss.detach())
+            del loss
+        if self.stage == 1:
+            self._start_reductions(self._trained)
+            self._finish_reductions()
+        return losses
+
+    def _forget_last_step(self) -> None:
+        for flat in self._trained:
+            flat.forget_gradients()
+        if self._is_in_step:  # it failed, and may have left anything
+            self._coming, self._reducing = [], []
+            self.model.zero_grad()
+            if self.stage == 3:
+                for flat in self._flats:
+                    flat.free()
+
+    def _forward(self, inputs: Tensor, targets: Tensor, weight: float) -> Tensor | None:
+        """A micro-batch's share of the mean loss; without samples the same messages, and None."""
+        is_sharded, last, x = self.stage == 3, len(self._units) - 1, inputs
+        if is_sharded:
+            self._start_gather(0)
+        with autocasting(self.comm.device, self.autocast):
+            for index, unit in enumerate(self._units):
+                if is_sharded:
+                    self._finish_gather()
+                    if index < last:
+                        self._start_gather(index + 1)
+                if len(inputs):
+                    x = self._output(unit, x) if self.stage > 1 and index else unit(x)
+                    if is_sharded and index < last and unit.holds(x):
+                        x = x.clone()  # not a result, but weights that are freed now
+                    if self.stage > 1 and index < last and x.requires_grad:
+                        # Called when the units above are over: autograd goes through its nodes from the last one made
+                        # to the first, and adds up the gradients of weights at once.
+                        x.register_hook(partial(self._reach, index))
+                if is_sharded and index < last:
+                    unit.free()
+            return self.loss_fn(x, targets) * weight if len(inputs) else None
+
+    def _output(self, unit: Unit, x: Tensor) -> Tensor:
+        """A unit's output for that of the unit below, which must stay as it is: changed in place it loses its hook."""
+        if unit.writes_on_input:
+            x = x.clone()
+        version = x._version
+        y = unit(x)
+        if x._version != version and not unit.writes_on_input:
+            raise MplabError(
+                f"layer {unit.layers[0].name} changes its input in place, and in stage {self.stage} the backward must "
+                "be told where one layer ends and the next begins: let it work on x.clone(), or take stage 1"
+            )
+        return y
+
+    def _backward(self, loss: Tensor | None) -> None:
+        """The gradients of a micro-batch; what it does not come to sends the same messages at the end."""
+        self._unit = len(self._units) - 1
+        if self.stage == 3 and self._unit > self._first:
+            self._start_gather(self._unit - 1)
+        if loss is not None and loss.requires_grad:
+            torch.autograd.backward(loss)
+        if self.stage > 1:
+            self._reach(-1)
+            self._start_reductions(self._root.trained)
+            self._finish_reductions()
+
+    def _reach(self, index: int, grad: Tensor | None = None) -> None:
+        """The backward of unit `index` is about to begin, and all above it are over."""
+        while self._unit > index and self._unit >= self._first:
+            # In the order in which they were started: the reduction of the unit above, the weights of the one below.
+            unit = self._units[self._unit]
+            self._finish_reductions()
+            if self.stage == 3:
+                unit.free()
+                self._finish_gather()
+            self._start_reductions(unit.trained)
+            if self.stage == 3 and self._unit - 2 >= self._first:
+                self._start_gather(self._unit - 2)
+            self._unit -= 1
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _start_gather(self, index: int) -> None:
+        self._coming = self._units[index].gather(self.comm)
+
+    def _finish_gather(self) -> None:
+        for handle in self._coming:
+            handle.wait()
+        self._coming = []
+
+    def _start_reductions(self, flats: Sequence[Flat]) -> None:
+        for flat in flats:
+            gradient = flat.take_gradient()
+            if (name := flat.not_finite(gradient)) is not None:
+                raise NonFiniteGradient(
+                    f"rank {self.comm.rank}, step {self.num_steps}: the gradient of {name} has a NaN or an Inf, and no "
+                    "weight was changed: look at this rank's samples and loss, lower the learning rate, or give a "
+                    "max_norm"
+                )
+            self._reducing.append((flat, self.comm.ireduce_scatter(gradient)))
+
+    def _finish_reductions(self) -> None:
+        for flat, handle in self._reducing:
+            flat.add_gradient(handle.wait())
+        self._reducing = []
+
+    def _close(self, losses: list[Tensor], num_samples: int) -> float:
+        """Exchange the loss and what was used; give the optimizer its gradients, clipped."""
+        loss = torch.stack(losses).sum(dtype=torch.float64) if losses else torch.zeros(())
+        used = list(itertools.chain.from_iterable(flat.is_used for flat in self._trained))
+        unused = {index for index, is_used in enumerate(used) if not is_used}
+        mean, by_nobody = close_step(self.comm, loss, num_samples, len(used), unused)
+        place = 0
+        for flat in self._trained:
+            flat.put_gradients([place + index not in by_nobody for index in range(len(flat.parameters))])
+            place += len(flat.parameters)
+        if self.max_norm is not None:
+            self._clip(self.max_norm)
+        return mean
+
+    def _clip(self, max_norm: float) -> None:
+        """As `nn.utils.clip_grad_norm_`, of a gradient whose chunks lie on all ranks."""
+        chunks = [flat.gradient for flat in self._trained if flat.gradient is not None]
+        norms = torch.stack([torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in chunks])
+        squares = self.comm.all_reduce_(norms.square().sum().reshape(1))
+        scale = max_norm / (float(squares.sqrt()) + 1e-6)
+        if scale < 1:
+            for chunk in chunks:
+                chunk.mul_(scale)
+
+
+def _refuse_call(model: nn.Module, inputs: object) -> None:
+    raise MplabError(
+        f"in stage 3 this {type(model).__name__} has its weights only while step() uses them: load full_state_dict() "
+        "into a model of your own, and call that"
+    )
