@@ -592,11 +592,14 @@ def test_whose_gradients_are_kept(stage: int) -> None:
 
         def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
             seen.append(sum(p.grad is not None for p in sharded.model.parameters()))
+            pieces = [p for group in sharded.optimizer.param_groups for p in group["params"]]
+            assert all(p.grad is None for p in pieces)  # those of the last step are forgotten
             return cross_entropy(outputs, targets)
 
         sharded = ShardedDataParallel(model(), rank.comm, stage, loss_fn, num_microbatches=2)
-        sharded.step(batches()[0])
-        assert seen == [0, len(list(model().parameters())) if stage == 1 else 0]
+        for batch in batches()[:2]:
+            sharded.step(batch)
+        assert seen == 2 * [0, len(list(model().parameters())) if stage == 1 else 0]
         assert all(p.grad is None for p in sharded.model.parameters())
         own = sum(flat.chunk.numel() for flat in sharded._flats)
         state = sharded.optimizer.state.values()
