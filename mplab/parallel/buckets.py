@@ -63,7 +63,7 @@ class Reducer:
     Args:
         names: every trained parameter, and its name in the model.
         bucket_bytes: size of a bucket.
-        overlap: start a bucket as soon as it is full; False: all of them after backward.
+        overlap: start a bucket as soon as it is full; False: all of them after backward, as the last one in any case.
     """
 
     def __init__(self, names: Mapping[nn.Parameter, str], bucket_bytes: int, overlap: bool) -> None:
@@ -76,13 +76,13 @@ class Reducer:
         self._sums: list[tuple[Bucket, Tensor]] = []
         self._side: torch.cuda.Stream | None = None
         if overlap:
-            for bucket in self.buckets:
+            for bucket in self.buckets[:-1]:
                 for p in bucket.parameters:
                     p.register_post_accumulate_grad_hook(self._hook(bucket))
 
     @contextmanager
-    def reducing(self, comm: Communicator, where: str) -> Iterator[None]:
-        """Reduce the gradients of the backward inside; at the end all of them are there, on every rank.
+    def starting(self, comm: Communicator, where: str) -> Iterator[None]:
+        """Start to reduce the gradients of the backward inside, at the end of it those of the last buckets.
 
         A parameter that this rank's backward has not reached counts as zeros.
 
@@ -93,11 +93,12 @@ class Reducer:
         Raises:
             NonFiniteGradient: a gradient of this rank has a NaN or an Inf.
 
-        **Communication**: one all_reduce_coalesced_ a bucket.
+        **Communication**: one iall_reduce_coalesced_ a bucket.
         """
         self._comm, self._where, self._num_started = comm, where, 0
         self.unused.clear()
         self._sums.clear()
+        self._handles.clear()
         if comm.device.type == "cuda" and self._side is None:
             self._side = torch.cuda.Stream(comm.device)
         for bucket in self.buckets:
@@ -106,16 +107,19 @@ class Reducer:
             yield
             for bucket in self.buckets[self._num_started :]:
                 self._start(bucket)
-            with self._aside(waits=False):
-                for handle in self._handles:
-                    handle.wait()
-            if self._side is not None:
-                torch.cuda.current_stream(comm.device).wait_stream(self._side)
             for bucket, sums in self._sums:
                 self._check(bucket, sums)
         finally:
             self._comm = None
-            self._handles.clear()
+
+    def wait(self) -> None:
+        """Wait until all that was started is over: on every rank all gradients are those of all ranks."""
+        with self._aside(waits=False):
+            for handle in self._handles:
+                handle.wait()
+        if self._side is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        self._handles.clear()
 
     def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
         def ready(p: Tensor) -> None:

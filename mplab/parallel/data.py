@@ -30,8 +30,8 @@ from mplab.parallel.shares import (
     broadcast_state,
     check_same_rank,
     check_training,
-    close_step,
     described,
+    start_close,
     total_samples,
 )
 
@@ -207,12 +207,17 @@ class DataParallel:
         if not self._is_syncing:
             return nullcontext()
         where = f"rank {self.comm.rank}, step {self.num_steps}"
-        return self._reducer.reducing(self.comm, where)
+        return self._reducer.starting(self.comm, where)
 
     def _close(self, loss: Tensor, num_samples: int) -> float:
-        """The last message of a step; a parameter that no rank has used is as if this backward had not been."""
+        """The last message of a step, and all gradients are there.
+
+        A parameter that no rank has used is as if this backward had not been.
+        """
         unused = {index for index, p in enumerate(self._trained) if p in self._reducer.unused}
-        mean, by_nobody = close_step(self.comm, loss, num_samples, len(self._trained), unused)
+        finish = start_close(self.comm, loss, num_samples, len(self._trained), unused)
+        self._reducer.wait()
+        mean, by_nobody = finish()
         for index in by_nobody:
             self._trained[index].grad = None
         return mean

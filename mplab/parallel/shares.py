@@ -4,7 +4,7 @@ message that closes a step.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -108,14 +108,26 @@ def close_step(
 
     **Communication**: all_reduce_ of 2 + `num_parameters` float64.
     """
+    return start_close(comm, loss, num_samples, num_parameters, unused)()
+
+
+def start_close(
+    comm: Communicator, loss: Tensor, num_samples: int, num_parameters: int, unused: Collection[int]
+) -> Callable[[], tuple[float, set[int]]]:
+    """Start a `close_step`; what is returned waits for it."""
     said = torch.ones(2 + num_parameters, dtype=torch.float64, device=comm.device)
     said[0], said[1] = loss, num_samples
     for index in unused:
         said[2 + index] = 0
-    mean, total, *used = comm.all_reduce_(said).tolist()
-    if total != comm.size * num_samples:
-        raise MplabError(
-            f"rank {comm.rank} was given a batch of {num_samples} samples, and the {comm.size} ranks have "
-            f"{total:g} together: give every rank the same whole batch, or its own samples with step_shard"
-        )
-    return mean, {index for index, count in enumerate(used) if not count}
+    handle = comm.iall_reduce_(said)
+
+    def finish() -> tuple[float, set[int]]:
+        mean, total, *used = handle.wait().tolist()
+        if total != comm.size * num_samples:
+            raise MplabError(
+                f"rank {comm.rank} was given a batch of {num_samples} samples, and the {comm.size} ranks have "
+                f"{total:g} together: give every rank the same whole batch, or its own samples with step_shard"
+            )
+        return mean, {index for index, count in enumerate(used) if not count}
+
+    return finish

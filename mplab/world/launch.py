@@ -24,7 +24,7 @@ from mplab.world import rungs
 from mplab.world.join import Member, join
 from mplab.world.out_of_memory import out_of_memory_note
 from mplab.world.rank import Rank
-from mplab.world.state import on_device, zero_marks
+from mplab.world.state import keep_freed_memory, on_device, zero_marks
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ class ProcessWorld:
         self._num_local, self._num_hosts = places.count(places[rank]), len(set(places))
         if self._num_local > 1:
             torch.set_num_threads(1)
+        if self.devices[rank].type == "cpu":
+            keep_freed_memory()
         self._guard = Guard(rank, self.size, timeout_s)
         self.rank = self._new_rank()
         self._events: list[torch.Tensor] = []
