@@ -163,8 +163,8 @@ def test_the_prediction_is_outlined_above_what_was_measured() -> None:
         "predicted",
         "predicted message",
         "compute: forward",
-        "message",
         "wait",
+        "message",
     ]
     assert {trace.marker.color for trace in predicted} == {"rgba(0,0,0,0)"}
     assert predicted[0].marker.line.width > max(trace.marker.line.width for trace in measured)

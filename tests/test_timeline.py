@@ -315,8 +315,8 @@ def test_every_event_is_a_bar_and_lanes_differ_in_more_than_colour() -> None:
         "compute: step",
         "compute: forward",
         "compute: backward",
-        "message",
         "wait",
+        "message",
     ]
 
 

@@ -42,7 +42,7 @@ class Timelines:
             bands = [(predicted.events, PREDICTED)]
             figure = draw_bands(bands, predicted.num_ranks, predicted.notes, title, ROW_PX)
         else:
-            figure = Comparison(predicted, measured, title="Last step").figure()
+            figure = Comparison(predicted, measured, title=measured.title or "Last step").figure()
         self._keep_room(figure, predicted.num_ranks)
         return figure
 

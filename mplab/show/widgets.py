@@ -16,7 +16,7 @@ from mplab.show.figures import (
     seconds_axis,
     spoken,
 )
-from mplab.show.parts import error_paragraph, ipywidgets_module, paragraph
+from mplab.show.parts import error_paragraph, ipywidgets_module, paragraph, round_rate, round_s, wide
 from mplab.show.timing import time_all_reduce
 from mplab.trace.units import format_s
 
@@ -57,12 +57,10 @@ class CollectiveExplorer:
         if algorithm not in ALGORITHM_LOOKS:
             raise MplabError(f"algorithm={algorithm!r}: choose one of {', '.join(map(repr, ALGORITHM_LOOKS))}")
         widgets, go = ipywidgets_module(), graph_objects()
-        self.num_ranks = widgets.IntSlider(
-            num_ranks, *NUM_RANKS, description="ranks", continuous_update=True, **_wide(widgets)
-        )
+        self.num_ranks = widgets.IntSlider(num_ranks, *NUM_RANKS, description="ranks", continuous_update=True, **wide())
         self.size_bytes = _choices(widgets, "tensor", SIZES_BYTES, size_bytes, format_bytes)
-        self.latency_s = _choices(widgets, "latency α", LATENCIES_S, latency_s, _round_s)
-        self.bandwidth_bytes_s = _choices(widgets, "bandwidth 1/β", BANDWIDTHS_BYTES_S, bandwidth_bytes_s, _rate)
+        self.latency_s = _choices(widgets, "latency α", LATENCIES_S, latency_s, round_s)
+        self.bandwidth_bytes_s = _choices(widgets, "bandwidth 1/β", BANDWIDTHS_BYTES_S, bandwidth_bytes_s, round_rate)
         self.algorithm = widgets.ToggleButtons(
             options=[(spoken(name), name) for name in ALGORITHM_LOOKS],
             value=algorithm,
@@ -146,7 +144,7 @@ class CollectiveExplorer:
         others = {name: t for name, t in times.items() if name not in winners}
         said = [
             f"{self.num_ranks.value} ranks, {format_bytes(self.size_bytes.value)}, "
-            f"α = {_round_s(self.latency_s.value)}, 1/β = {_rate(self.bandwidth_bytes_s.value)}.",
+            f"α = {round_s(self.latency_s.value)}, 1/β = {round_rate(self.bandwidth_bytes_s.value)}.",
             f"Predicted: {', '.join(f'{spoken(name)} {format_s(t)}' for name, t in times.items())}.",
         ]
         win = f"{_and(winners)} win{'s' if len(winners) == 1 else ', level'}"
@@ -190,28 +188,11 @@ class CollectiveExplorer:
             self.button.disabled, self.button.description = False, "Run it"
 
 
-def _wide(widgets: Any) -> dict[str, Any]:
-    return {"layout": {"width": "95%"}, "style": {"description_width": "95px"}}
-
-
 def _choices(widgets: Any, name: str, values: tuple[Any, ...], start: float, say: Any) -> Any:
     """A slider over values that stand in a table, at the one nearest to `start`."""
     nearest = min(values, key=lambda value: abs(math.log(value / start)))
     options = [(say(value), value) for value in values]
-    return widgets.SelectionSlider(
-        options=options, value=nearest, description=name, continuous_update=True, **_wide(widgets)
-    )
-
-
-def _round_s(seconds: float) -> str:
-    for unit, size in (("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size * 0.999:
-            return f"{seconds / size:.4g} {unit}"
-    return f"{seconds:.4g} s"
-
-
-def _rate(bytes_s: float) -> str:
-    return f"{bytes_s / 1e9:.4g} GB/s" if bytes_s >= 1e9 else f"{bytes_s / 1e6:.4g} MB/s"
+    return widgets.SelectionSlider(options=options, value=nearest, description=name, continuous_update=True, **wide())
 
 
 def _and(names: list[str]) -> str:
