@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mplab.homework.buckets import check_bucketed_backward as check_bucketed_backward
 from mplab.homework.checks import check_pass_right as check_pass_right
 from mplab.homework.checks import check_reduce_scatter as check_reduce_scatter
 from mplab.homework.checks import check_ring_all_reduce as check_ring_all_reduce
@@ -13,6 +14,8 @@ from mplab.homework.microbatches import check_fastest_num_microbatches as check_
 from mplab.homework.pipeline import check_one_f_one_b as check_one_f_one_b
 from mplab.homework.report import Line as Line
 from mplab.homework.report import Report as Report
+from mplab.homework.sampler import check_shard_sampler as check_shard_sampler
+from mplab.homework.zero import check_zero1_step as check_zero1_step
 
 
 def main(argv: Sequence[str] | None = None) -> int:

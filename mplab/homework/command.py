@@ -9,16 +9,22 @@ from pathlib import Path
 
 from mplab.errors import MplabError
 from mplab.homework import checks
+from mplab.homework.buckets import check_bucketed_backward
 from mplab.homework.cuts import check_optimal_cut
 from mplab.homework.microbatches import check_fastest_num_microbatches
 from mplab.homework.pipeline import check_one_f_one_b
 from mplab.homework.report import Report
+from mplab.homework.sampler import check_shard_sampler
+from mplab.homework.zero import check_zero1_step
 
 CHECKS: dict[str, Callable[..., Report]] = {
     "pass_right": checks.check_pass_right,
     "weighted_mean": checks.check_weighted_mean,
     "ring_all_reduce": checks.check_ring_all_reduce,
     "reduce_scatter": checks.check_reduce_scatter,
+    "bucketed_backward": check_bucketed_backward,
+    "zero1_step": check_zero1_step,
+    "shard_sampler": check_shard_sampler,
     "one_f_one_b": check_one_f_one_b,
     "optimal_cut": check_optimal_cut,
     "fastest_num_microbatches": check_fastest_num_microbatches,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
+import sysconfig
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from mplab.homework.report import Complaint
 
@@ -18,7 +21,9 @@ ENDS = "every call ends"
 OWN = "mplab's own is not called"
 ROUNDING = 1e-9
 """Two times are equal where they differ by less than this share: the sum of floats depends on their order."""
-LIBRARY = str(Path(__file__).parent.parent)
+INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+LIBRARIES = (str(Path(__file__).parent.parent), *INSTALLED, "<frozen ")
+T = TypeVar("T")
 
 
 class TooManySteps(BaseException):
@@ -34,7 +39,7 @@ class Attempt:
         result: what it returned.
         error: what it raised.
         borrowed: functions of the library that do the exercise, and that it called.
-        num_steps: lines, calls and returns of Python that it took, those inside the library not counted.
+        num_steps: lines, calls and returns of Python that it took, those inside libraries not counted.
     """
 
     case: str
@@ -58,33 +63,55 @@ def attempt(
         max_steps: see `Attempt.num_steps`.
         answers: code of the library that does the exercise, and its name.
     """
-    tried, answers = Attempt(case), answers or {}
+    tried = Attempt(case)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the function runs some hundred times
+            tried.result = counted(tried, call, max_steps, answers or {})
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever it raises is a line of the report, SystemExit too
+        tried.error = error
+    if tried.num_steps > max_steps and not isinstance(tried.error, TooManySteps):
+        tried.error = TooManySteps(f"stopped after {max_steps:,} steps, and it caught that")
+    return tried
+
+
+def counted(
+    tried: Attempt, call: Callable[[], T], max_steps: int, answers: Mapping[CodeType, str], max_s: float = math.inf
+) -> T:
+    """What it returns, called in this thread, while its steps and what it borrows are written down in `tried`.
+
+    Args:
+        tried: see `Attempt`.
+        call: what calls the learner's function.
+        max_steps: see `Attempt.num_steps`.
+        answers: as in `attempt`.
+        max_s: a longer call is stopped at its next step: it may spend its time asleep.
+
+    Raises:
+        TooManySteps: after `max_steps`, or `max_s`; and whatever the call raises.
+    """
+    end_s = time.monotonic() + max_s
 
     def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
         if event == "call":
             if frame.f_code in answers:
                 tried.borrowed = tuple(dict.fromkeys([*tried.borrowed, answers[frame.f_code]]))
-            if frame.f_code.co_filename.startswith(LIBRARY):
+            if frame.f_code.co_filename.startswith(LIBRARIES):
                 return None
         tried.num_steps += 1
         if tried.num_steps > max_steps:
             raise TooManySteps(f"stopped after {max_steps:,} steps")
+        if time.monotonic() > end_s:
+            raise TooManySteps(f"stopped after {max_s:g} s")
         return trace
 
     before = sys.gettrace()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the function runs some hundred times
-            sys.settrace(trace)
-            tried.result = call()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever it raises is a line of the report, SystemExit too
-        tried.error = error
+        sys.settrace(trace)
+        return call()
     finally:
         sys.settrace(before)
-    if tried.num_steps > max_steps and not isinstance(tried.error, TooManySteps):
-        tried.error = TooManySteps(f"stopped after {max_steps:,} steps, and it caught that")
-    return tried
 
 
 def error(hint_where_slow: str) -> Callable[[Attempt], Complaint | None]:
