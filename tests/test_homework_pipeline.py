@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mplab.__main__ import main as command_line
 from mplab.homework import (
@@ -76,7 +77,9 @@ def last_microbatch_first(rank: int, num_ranks: int, num_microbatches: int) -> I
 
 @pytest.mark.parametrize("solution", [right_order, list_of_texts, last_microbatch_first], ids=name)
 def test_right_orders_pass(solution: Any) -> None:
+    before = torch.get_rng_state()
     report = check_one_f_one_b(solution)
+    assert torch.equal(torch.get_rng_state(), before), "the learner's random numbers are his own"
     assert report.passed, str(report)
     assert str(report).startswith("one_f_one_b: 7 of 7 checks passed")
 

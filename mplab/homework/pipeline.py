@@ -173,7 +173,9 @@ def _ranks(counts: Sequence[int]) -> str:
 
 def _trains(order: _Order) -> Complaint | None:
     """Three steps of a small model, in this order and serially."""
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(order.num_ranks)))
+    with torch.device("meta"):  # torch's own initialisation would draw from the learner's generator
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(order.num_ranks)))
+    model.to_empty(device="cpu")
     numbers = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, generator=numbers)
