@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
+from pipelines import VOCABULARY, WIDTH, Mixer
 from torch import Tensor, nn
 
 from mplab.datasets import Batch
 from mplab.models import seed_parameters
 from mplab.parallel import Serial
 
-WIDTH, LENGTH, VOCABULARY = 4, 3, 7
+LENGTH = 3
 NUM_SAMPLES, NUM_STEPS = 11, 10  # 11 is divided by no number of ranks but 1
 
 # What is left of rounding after ten steps, where sums are taken in another order.
@@ -30,18 +31,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 # --- models ----------------------------------------------------------------------------------------------------------
-
-
-class Mixer(nn.Module):
-    """x + down(tanh(up(x)))."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 class Convolution(nn.Module):
