@@ -165,7 +165,7 @@ def test_strange_layouts() -> None:
 @given(
     shape=st.lists(st.integers(1, 3), max_size=3), num_out=st.integers(1, 4), bias=st.booleans(), first=st.booleans()
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_layers_of_any_size(shape: list[int], num_out: int, bias: bool, first: bool) -> None:
     assert_equal_gradients(linear(3, num_out, bias), numbers(*shape, 3, requires_grad=not first))
 

@@ -206,7 +206,7 @@ def test_stages_cut_anywhere_are_the_model(name: str) -> None:
 
 
 @given(data=st.data(), depths=st.lists(st.integers(0, 3), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_any_nested_sequential_is_flattened_in_order(data: st.DataObject, depths: list[int]) -> None:
     parts: list[nn.Module] = []
     for depth in depths:

@@ -359,14 +359,12 @@ def test_weights_and_buffers_begin_as_those_of_rank_0() -> None:
 
 
 def test_a_gpt() -> None:
-    def start() -> nn.Module:
-        config = GPTConfig(vocab_size=7, context_length=4, num_layers=2, num_heads=2, width=8, tied=True)
-        made = GPT(config).double()
-        seed_parameters(made)
-        return made
-
-    want = by_hand(start(), "adamw", lengths=shards(3))
-    assert_all_alike(train(World(3, "cpu"), lambda rank: start(), "adamw", bucket_bytes=2000), want)
+    config = GPTConfig(vocab_size=7, context_length=4, num_layers=2, num_heads=2, width=8, tied=True)
+    with torch.random.fork_rng():
+        start = GPT(config).double()
+    seed_parameters(start)
+    want = by_hand(copy.deepcopy(start), "adamw", lengths=shards(3))
+    assert_all_alike(train(World(3, "cpu"), lambda rank: start, "adamw", bucket_bytes=2000), want)
 
 
 def test_a_gpt2_of_hugging_face() -> None:
@@ -434,7 +432,8 @@ def test_other_models(name: str) -> None:
         assert not start().conv.weight.is_contiguous()  # type: ignore[union-attr, operator]
     for n, bucket_bytes in ((1, 1), (2, 1), (3, 25 << 20)):
         want = by_hand(start(), lengths=shards(n))
-        got = train(World(n, "cpu"), lambda rank: start(), bucket_bytes=bucket_bytes)
+        made = start()  # not by the ranks, which would share the global generator
+        got = train(World(n, "cpu"), lambda rank, made=made: made, bucket_bytes=bucket_bytes)
         assert_all_alike(got, want)
         gradient = got[0].gradients[0].get("conv.weight")
         assert gradient is None or not gradient.is_contiguous()
@@ -546,11 +545,15 @@ def test_samples_of_ones_own_that_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bucket_bytes": 0}, r"^bucket_bytes 0: must be 1 or more"),
-        ({"num_microbatches": 0}, r"^num_microbatches 0: must be 1 or more"),
-        ({"max_norm": 0.0}, r"^max_norm 0.0: must be above 0, or None"),
-        ({"max_norm": -1.0}, r"^max_norm -1.0: must be above 0, or None"),
-        ({"max_norm": math.nan}, r"^max_norm nan: must be above 0, or None"),
+        ({"bucket_bytes": 0}, r"^bucket_bytes 0: must be a whole number, 1 or more"),
+        ({"bucket_bytes": "1"}, r"^bucket_bytes '1': must be a whole number"),
+        ({"num_microbatches": 0}, r"^num_microbatches 0: must be a whole number, 1 or more"),
+        ({"num_microbatches": 1.5}, r"^num_microbatches 1.5: must be a whole number"),
+        ({"num_microbatches": True}, r"^num_microbatches True: must be a whole number"),
+        ({"max_norm": 0.0}, r"^max_norm 0.0: must be a number above 0, or None"),
+        ({"max_norm": -1.0}, r"^max_norm -1.0: must be a number above 0, or None"),
+        ({"max_norm": math.nan}, r"^max_norm nan: must be a number above 0, or None"),
+        ({"max_norm": "1"}, r"^max_norm '1': must be a number above 0, or None"),
         ({"autocast": torch.float16}, r"^autocast torch.float16: take torch.bfloat16, or None"),
         ({"loss_fn": None}, r"^loss_fn is a NoneType: give a function"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, r"^optimizer is a SGD: each rank makes its own"),
@@ -567,6 +570,14 @@ def test_a_model_with_nothing_to_train_is_refused_before_any_message() -> None:
     world = World(2, "cpu")
     for start in (dp.model().requires_grad_(False), nn.Tanh()):
         with pytest.raises(MplabError, match=r"^no parameter of this model is trained: set requires_grad"):
+            world.run(lambda rank, start=start: DataParallel(start, rank.comm))
+        assert [ledger.messages for ledger in world.ledgers] == [[], []]
+
+
+def test_what_is_no_model_of_values_is_refused_before_any_message() -> None:
+    world = World(2, "cpu")
+    for start, message in ((None, r"^model is a NoneType"), (dp.model().to("meta"), r"0.weight is on the meta device")):
+        with pytest.raises(MplabError, match=message):
             world.run(lambda rank, start=start: DataParallel(start, rank.comm))
         assert [ledger.messages for ledger in world.ledgers] == [[], []]
 
@@ -737,11 +748,10 @@ def recomputed(is_reentrant: bool) -> nn.Module:
 
 def test_a_second_gradient_in_one_backward_is_refused() -> None:
     message = r"^inner.down.weight got a second gradient in one backward.*use overlap=False.*use_reentrant=False"
+    made = recomputed(True)
     with at_most(5), pytest.raises(MplabError, match=message):
         World(2, "cpu").run(
-            lambda rank: DataParallel(recomputed(True), rank.comm, bucket_bytes=1, optimizer=OPTIMIZERS["sgd"]).step(
-                batches()[0]
-            )
+            lambda rank: DataParallel(made, rank.comm, bucket_bytes=1, optimizer=OPTIMIZERS["sgd"]).step(batches()[0])
         )
 
 
@@ -749,5 +759,57 @@ def test_what_its_error_advises() -> None:
     want = by_hand(recomputed(True), lengths=shards(2))
     for is_reentrant, overlap, bucket_bytes in ((True, False, 200), (False, True, 200), (True, True, 25 << 20)):
         options = {"overlap": overlap, "bucket_bytes": bucket_bytes}  # the last bucket starts after backward
-        got = train(World(2, "cpu"), lambda rank, r=is_reentrant: recomputed(r), **options)
+        made = recomputed(is_reentrant)
+        got = train(World(2, "cpu"), lambda rank, made=made: made, **options)
         assert_all_alike(got, want, 1e-10)
+
+
+def test_gradients_of_an_update_are_not_added_up_twice() -> None:
+    def twice(rank: Rank) -> None:
+        engine = DataParallel(dp.model(), rank.comm, optimizer=OPTIMIZERS["sgd"])
+        inputs, targets = batches()[0]
+        for _ in range(2):
+            engine.backward(cross_entropy(engine.model(inputs), targets) / rank.size)
+
+    with at_most(5), pytest.raises(MplabError, match=r"the sum over all ranks already.*zero_grad"):
+        World(2, "cpu").run(twice)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_were_set_to_zero_are_none(set_to_none: bool) -> None:
+    def twice(rank: Rank) -> list[Tensor]:
+        engine = DataParallel(dp.model(), rank.comm, optimizer=OPTIMIZERS["sgd"])
+        inputs, targets = batches()[0]
+        for _ in range(2):
+            engine.optimizer.zero_grad(set_to_none)
+            engine.backward(cross_entropy(engine.model(inputs), targets) / rank.size)
+        return [p.grad for p in engine.model.parameters() if p.grad is not None]
+
+    alone = dp.model()
+    inputs, targets = batches()[0]
+    cross_entropy(alone(inputs), targets).backward()
+    for gradients in World(2, "cpu").run(twice):
+        torch.testing.assert_close(gradients, [p.grad for p in alone.parameters()], rtol=0, atol=1e-12)
+
+
+def test_a_parameter_that_is_trained_all_of_a_sudden_is_refused() -> None:
+    def unfreeze(rank: Rank) -> None:
+        engine = DataParallel(dp.model("frozen"), rank.comm, optimizer=OPTIMIZERS["sgd"])
+        engine.model.requires_grad_(True)
+        engine.step(batches()[0])
+
+    with at_most(5), pytest.raises(MplabError, match=r"was frozen is trained now"):
+        World(2, "cpu").run(unfreeze)
+
+
+def test_an_error_in_a_loop_of_ones_own_names_the_step() -> None:
+    def work(rank: Rank) -> None:
+        engine = DataParallel(dp.model(), rank.comm, optimizer=OPTIMIZERS["sgd"])
+        inputs, targets = batches()[0]
+        for step in range(3):
+            engine.optimizer.zero_grad()
+            scale = float("nan") if step == 2 and rank.index == 1 else 1.0
+            engine.backward(cross_entropy(engine.model(inputs), targets) * scale)
+
+    with at_most(5), pytest.raises(NonFiniteGradient, match=r"^rank 1, step 2: the gradient of "):
+        World(2, "cpu").run(work)

@@ -149,7 +149,7 @@ def calls(way: str, sizes: list[int], item_bytes: int, n: int, num_samples: int)
     shares = chunk_lengths(num_samples, n)
     closing = "all_reduce_", [8 * length for length in chunk_lengths(2 + len(sizes), n)]
     if way == "naive_data_parallel":
-        yield from (("all_reduce_", [item_bytes * length for length in chunk_lengths(size, n)]) for size in sizes)
+        yield from (("all_reduce", [item_bytes * length for length in chunk_lengths(size, n)]) for size in sizes)
         yield closing
         return
     weights = [("broadcast", [item_bytes * size] * n) for size in sizes]
@@ -176,7 +176,7 @@ def test_every_call_and_its_bytes(way: str, n: int) -> None:
             got = [(m.op, m.num_messages, m.sent_bytes, m.received_bytes) for m in ledger.messages]
             want = []
             for name, block_bytes in expected:
-                sent = direct_traffic(name, rank, block_bytes, None if name == "all_reduce_" else 0)
+                sent = direct_traffic(name, rank, block_bytes, None if name.startswith("all_reduce") else 0)
                 want.append((name, sent.num_sent, sent.sent_bytes, sent.received_bytes))
             assert got == want
             sample = (num_samples, 3 * 8, 3 * 7 * dtype.itemsize) if way == "scatter_gather" else ()
@@ -197,7 +197,7 @@ def test_frozen_parameters_are_not_sent() -> None:
     num_parameters = len(list(model("frozen").parameters()))
     num_trained = sum(p.requires_grad for p in model("frozen").parameters())
     for way, counts in {
-        "naive_data_parallel": {"all_reduce_": num_trained + 1},
+        "naive_data_parallel": {"all_reduce": num_trained, "all_reduce_": 1},
         "parameter_server": {"reduce": num_trained, "all_reduce_": 1, "broadcast": num_trained},
         "scatter_gather": {"reduce": num_trained, "all_reduce_": 1, "broadcast": num_parameters},
     }.items():

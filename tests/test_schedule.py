@@ -11,7 +11,7 @@ from functools import partial
 from itertools import permutations, product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from schedule_search import shortest
 
@@ -91,7 +91,6 @@ def test_every_order_can_run(order: Order) -> None:
         assert all(schedule.rank_of[stage] == stage % p for stage in range(schedule.num_stages))
 
 
-@settings(deadline=None)
 @given(RANKS, COUNTS)
 def test_naive_is_busy_for_one_part_in_p(p: int, m: int) -> None:
     schedule = build("naive", p, m)
@@ -99,7 +98,6 @@ def test_naive_is_busy_for_one_part_in_p(p: int, m: int) -> None:
     assert schedule.in_flight() == (1,) * p
 
 
-@settings(deadline=None)
 @given(RANKS, COUNTS, st.fractions(0.1, 10), st.fractions(0.1, 10))
 def test_the_bubble_of_gpipe_and_1f1b(p: int, m: int, forward: Fraction, backward: Fraction) -> None:
     for name, in_flight in (("gpipe", [m] * p), ("1f1b", [min(p - rank, m) for rank in range(p)])):
@@ -109,7 +107,6 @@ def test_the_bubble_of_gpipe_and_1f1b(p: int, m: int, forward: Fraction, backwar
         assert schedule.in_flight() == tuple(in_flight)
 
 
-@settings(deadline=None)
 @given(RANKS, st.integers(1, 4), st.integers(1, 3))
 def test_interleaving_divides_the_bubble_where_p_divides_m(p: int, rounds: int, v: int) -> None:
     m = rounds * p
@@ -119,14 +116,12 @@ def test_interleaving_divides_the_bubble_where_p_divides_m(p: int, rounds: int, 
     assert schedule.in_flight() == tuple(min(m * v, 2 * (p - 1 - rank) + (v - 1) * p + 1) for rank in range(p))
 
 
-@settings(deadline=None)
 @given(RANKS, COUNTS, st.integers(1, 3))
 def test_interleaving_is_never_slower_than_1f1b_with_the_same_layers(p: int, m: int, v: int) -> None:
     # A stage of 1f1b is v stages here.
     assert build(partial(interleaved, num_chunks=v), p, m).makespan() <= v * build("1f1b", p, m).makespan()
 
 
-@settings(deadline=None)
 @given(RANKS, COUNTS)
 def test_zero_bubble(p: int, m: int) -> None:
     schedule = build("zero_bubble", p, m)
@@ -227,7 +222,6 @@ def schedules(draw: st.DrawFn) -> tuple[Schedule, dict[Action, list[Action]]]:
     return Schedule("random", tuple(map(tuple, ranks))), needs
 
 
-@settings(deadline=None)
 @given(schedules(), st.randoms(use_true_random=False))
 def test_any_order_that_can_run_is_accepted_and_timed(
     drawn: tuple[Schedule, dict[Action, list[Action]]], chance: random.Random
@@ -245,7 +239,6 @@ def test_any_order_that_can_run_is_accepted_and_timed(
     schedule.draw()
 
 
-@settings(deadline=None)
 @given(schedules(), st.randoms(use_true_random=False))
 def test_no_order_that_turns_a_need_round_is_accepted(
     drawn: tuple[Schedule, dict[Action, list[Action]]], chance: random.Random
@@ -259,7 +252,6 @@ def test_no_order_that_turns_a_need_round_is_accepted(
         Schedule("swapped", ranks)
 
 
-@settings(deadline=None)
 @given(schedules())
 def test_a_reader_is_who_needs_it_next_door(drawn: tuple[Schedule, dict[Action, list[Action]]]) -> None:
     schedule, _ = drawn
@@ -331,7 +323,6 @@ def test_what_cannot_be_built(order: Order, num_ranks: int, num_microbatches: in
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.builds(Action, st.integers(0, 99), st.sampled_from(KINDS), st.integers(0, 999)))
 def test_an_action_is_read_as_it_is_written(action: Action) -> None:
     assert Action.parse(str(action)) == action

@@ -53,7 +53,7 @@ def test_steps_are_those_of_the_loop_by_hand() -> None:
 
 
 @given(num_microbatches=st.integers(1, 7), num_samples=st.integers(1, 7))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_accumulation_equals_the_whole_batch(num_microbatches: int, num_samples: int) -> None:
     """For every division, equal or not: a micro-batch weighs as many samples as it has."""
     num_microbatches = min(num_microbatches, num_samples)

@@ -132,7 +132,7 @@ class Reducer:
                     f"{self.names[p]} got a second gradient in one backward, and its first may be on its way already: "
                     "use overlap=False; of torch.utils.checkpoint take use_reentrant=False"
                 )
-            bucket.sums[p] = p.grad.sum()  # at once, while the gradient is in the cache
+            bucket.sums[p] = _sum(p.grad)  # at once, while the gradient is in the cache
             if bucket.is_full:
                 with self._aside(waits=False):
                     for handle in self._handles:
@@ -154,7 +154,7 @@ class Reducer:
         grads = [p.grad for p in bucket.parameters if p.grad is not None]
         # A sum has a NaN or an Inf if any of its elements has one, and takes one pass.
         each = (bucket.sums.get(p) for p in bucket.parameters)
-        sums = torch.stack([g.sum() if s is None else s for s, g in zip(each, grads, strict=True)])
+        sums = torch.stack([_sum(g) if s is None else s for s, g in zip(each, grads, strict=True)])
         if self._side is None:
             self._check(bucket, sums)
         else:  # asking a GPU would keep the host waiting: at the end, before anyone has changed a weight
@@ -183,6 +183,11 @@ class Reducer:
             self._side.wait_stream(torch.cuda.current_stream(self._side.device))
         with torch.cuda.stream(self._side):
             yield
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Of all elements; on a GPU in float64, where finite float32 numbers don't add up to an Inf."""
+    return x.sum(dtype=torch.float64) if x.is_cuda and not x.is_complex() else x.sum()
 
 
 def _is_finite(x: Tensor) -> bool:

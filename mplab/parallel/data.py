@@ -28,6 +28,7 @@ from mplab.parallel.serial import LossFunction, check_batch
 from mplab.parallel.shares import (
     autocasting,
     broadcast_state,
+    check_count,
     check_same_rank,
     check_training,
     described,
@@ -78,15 +79,12 @@ class DataParallel:
         max_norm: float | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        if bucket_bytes < 1:
-            raise MplabError(f"bucket_bytes {bucket_bytes}: must be 1 or more (25 << 20 is 25 MiB)")
-        check_training(loss_fn, optimizer, num_microbatches, max_norm, autocast)
+        check_count("bucket_bytes", bucket_bytes)
+        check_training(model, loss_fn, optimizer, num_microbatches, max_norm, autocast)
         self.comm, self.loss_fn, self.num_microbatches, self.max_norm = comm, loss_fn, num_microbatches, max_norm
         self.autocast = autocast
         self.model = copy.deepcopy(model).to(comm.device)
         names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
-        if not names:
-            raise MplabError("no parameter of this model is trained: set requires_grad of some to True")
         check_agreement(
             comm,
             {
@@ -102,7 +100,8 @@ class DataParallel:
         self.buckets = self._reducer.buckets
         self.optimizer = optimizer(self.model.parameters())
         self.num_steps = 0
-        self._trained, self._is_syncing = list(names), True
+        self._trained, self._is_syncing, self._is_reduced = list(names), True, False
+        self._frozen = [p for p in self.model.parameters() if not p.requires_grad]
 
     def connect(self, comm: Communicator) -> None:
         """Go on in another run of the world, with this rank's communicator there.
@@ -150,6 +149,7 @@ class DataParallel:
         if not self._is_syncing:
             raise MplabError("step inside no_sync(): each rank would update by its own gradients; call backward there")
         self.optimizer.zero_grad()
+        self._is_reduced = False
         inputs, targets = (tensor.to(self.comm.device) for tensor in mine)
         parts = [
             part
@@ -173,7 +173,6 @@ class DataParallel:
             nn.utils.clip_grad_norm_(self._trained, self.max_norm)
         with span("update"):
             self.optimizer.step()
-        self.num_steps += 1
         return mean
 
     @contextmanager
@@ -191,13 +190,28 @@ class DataParallel:
         Args:
             loss: this rank's share of the loss, of `self.model`'s outputs: shares add up to the loss of all.
 
+        Raises:
+            MplabError: the gradients of the last update are still there, and would be added up once more.
+            NonFiniteGradient: a gradient of this rank has a NaN or an Inf.
+
         **Communication**: as in `step`; none inside `no_sync()`.
         """
+        if self._is_reduced and any(p.grad is not None and bool(p.grad.any()) for p in self._trained):
+            raise MplabError(
+                "these gradients are the sum over all ranks already, and another backward would add them up once more: "
+                "call optimizer.zero_grad() first, or accumulate inside no_sync()"
+            )
+        self._is_reduced = False
         self._backward(loss, None)
         if self._is_syncing:
             self._close(loss.detach().double(), 0)
 
     def _backward(self, loss: Tensor | None, microbatch: int | None) -> None:
+        if any(p.requires_grad for p in self._frozen):
+            raise MplabError(
+                "a parameter that was frozen is trained now, and nobody would add up its gradients: set requires_grad "
+                "before DataParallel is made"
+            )
         with self._reducing():
             if loss is not None and loss.requires_grad:  # else no trained parameter had a part in it
                 with self.comm.trace.span("backward", microbatch):
@@ -220,4 +234,6 @@ class DataParallel:
         mean, by_nobody = finish()
         for index in by_nobody:
             self._trained[index].grad = None
+        self._is_reduced = True
+        self.num_steps += 1
         return mean

@@ -53,7 +53,7 @@ def naive_data_parallel(
     parameters, loss = _own_gradients(model, batch, comm, loss_fn)
     unused = _unused(parameters)
     for p in parameters:
-        comm.all_reduce_(_gradient(p))
+        p.grad = comm.all_reduce(_gradient(p))
     mean = _close(comm, parameters, unused, loss, len(batch[0]))
     with comm.trace.span("update"):
         optimizer.step()

@@ -94,13 +94,8 @@ class ShardedDataParallel:
             raise MplabError(
                 f"stage {stage}: must be 1 (optimizer's state sharded), 2 (gradients too) or 3 (weights too)"
             )
-        check_training(loss_fn, optimizer, num_microbatches, max_norm, autocast)
         layers(model)  # refuses what is no chain
-        if not any(p.requires_grad for p in model.parameters()):
-            raise MplabError("no parameter of this model is trained: set requires_grad of some to True")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.is_meta:
-                raise MplabError(f"{name} is on the meta device and has no values: build the model on a real device")
+        check_training(model, loss_fn, optimizer, num_microbatches, max_norm, autocast)
         check_agreement(
             comm,
             {

@@ -17,13 +17,25 @@ from mplab.errors import MplabError
 
 
 def check_training(
-    loss_fn: object, optimizer: object, num_microbatches: int, max_norm: float | None, autocast: torch.dtype | None
+    model: object,
+    loss_fn: object,
+    optimizer: object,
+    num_microbatches: int,
+    max_norm: float | None,
+    autocast: torch.dtype | None,
 ) -> None:
-    """Refuse settings of a training that no model and no rank can mend.
+    """Refuse a model and settings that no rank can train with.
 
     Raises:
         MplabError: says which.
     """
+    if not isinstance(model, nn.Module):
+        raise MplabError(f"model is a {type(model).__name__}: give an nn.Module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise MplabError("no parameter of this model is trained: set requires_grad of some to True")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise MplabError(f"{name} is on the meta device and has no values: build the model on a real device")
     if not callable(loss_fn):
         raise MplabError(f"loss_fn is a {type(loss_fn).__name__}: give a function of outputs and targets")
     if not callable(optimizer):
@@ -31,14 +43,19 @@ def check_training(
             f"optimizer is a {type(optimizer).__name__}: each rank makes its own, so give what makes it: "
             "torch.optim.AdamW, or partial(torch.optim.SGD, lr=0.1)"
         )
-    if num_microbatches < 1:
-        raise MplabError(f"num_microbatches {num_microbatches}: must be 1 or more")
-    if max_norm is not None and not max_norm > 0:
-        raise MplabError(f"max_norm {max_norm}: must be above 0, or None for no clipping")
+    check_count("num_microbatches", num_microbatches)
+    if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
+        raise MplabError(f"max_norm {max_norm!r}: must be a number above 0, or None for no clipping")
     if autocast not in (None, torch.bfloat16):
         raise MplabError(
             f"autocast {autocast}: take torch.bfloat16, or None; float16's gradients need a loss that is scaled up"
         )
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no whole number of 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise MplabError(f"{name} {value!r}: must be a whole number, 1 or more")
 
 
 def described(model: nn.Module) -> dict[str, Any]:

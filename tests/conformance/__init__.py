@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from conformance import groups, ledgers, memory, messages, moving, reductions, refused, taught
+from conformance import coalesced, groups, ledgers, memory, messages, moving, reductions, refused, taught
 from mplab.world import Rank
 
 Check = Callable[[Rank], None]
@@ -23,4 +23,4 @@ def checks_of(*modules: object) -> tuple[Check, ...]:
 
 
 SENDING = (*checks_of(messages, groups, taught), memory.check_sent_tensors_may_be_changed_at_once)
-CHECKS = checks_of(reductions, moving, memory, messages, groups, taught, ledgers, refused)
+CHECKS = checks_of(reductions, coalesced, moving, memory, messages, groups, taught, ledgers, refused)
