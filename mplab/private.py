@@ -57,6 +57,16 @@ def copy_each_(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
         copy(list(xs), list(ys))
 
 
+def norms(xs: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norm of each, on a GPU in float64, without going through Python for each, where torch can."""
+    dtype = torch.float64 if xs and xs[0].is_cuda and not xs[0].is_complex() else None
+    try:
+        norm = torch._foreach_norm
+    except AttributeError:
+        return [torch.linalg.vector_norm(x, dtype=dtype) for x in xs]
+    return list(norm(list(xs), 2, dtype=dtype))
+
+
 def is_shared(x: Tensor) -> bool:
     """Whether another tensor lies in the same memory, autograd's own included; True if torch does not tell."""
     try:

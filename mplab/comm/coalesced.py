@@ -39,7 +39,9 @@ class CoalescedReduction(Handle[None]):
         self._comm, self._call, self._xs = comm, call, xs
         self._done: Meeting | None = None  # where the ranks meet whose share is reduced
         self._met: Mark = None
-        shared = [x.contiguous().resolve_conj() for x in xs]
+        shared = [x.contiguous() for x in xs]
+        if xs[0].is_complex():
+            shared = [x.resolve_conj() for x in shared]
         self._meeting, is_last = comm._come(next(comm._numbers), call, shared)
         if not is_last:
             return
@@ -105,7 +107,8 @@ def reduce_share(op: str, tensors: Sequence[Sequence[Tensor]], share: int, num_s
     block = BLOCK_BYTES // tensors[0][0].element_size() if memory.device.type == "cpu" else sum(lengths)
     for parts in blocks(lengths, share, num_shares, max(1, block)):
         given = [[_take(xs, part) for part in parts] for xs in tensors]
-        local = [[memory.local(x) for x in xs] for xs in given]
+        # One GPU can't compute on another's memory; on a CPU all of it is at hand.
+        local = given if memory.device.type == "cpu" else [[memory.local(x) for x in xs] for xs in given]
         total = local[0]
         if op in ("sum", "mean"):
             for xs in local[1:]:

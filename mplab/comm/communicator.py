@@ -289,7 +289,8 @@ class Communicator(abc.ABC):
 
     def iall_reduce_coalesced_(self, xs: Sequence[Tensor], op: str = "sum") -> Handle[None]:
         """Start an `all_reduce_coalesced_`."""
-        return self._start_coalesced(self._coalesced_call("all_reduce_coalesced_", xs, op), [x.detach() for x in xs])
+        call = self._coalesced_call("all_reduce_coalesced_", xs, op)
+        return self._start_coalesced(call, [x.detach() if x.requires_grad else x for x in xs])
 
     def iall_gather(self, x: Tensor, dim: int = 0) -> Handle[Tensor]:
         """Start an `all_gather`."""
@@ -427,8 +428,13 @@ class Communicator(abc.ABC):
     def _coalesced_call(self, name: str, xs: Sequence[Tensor], op: str) -> Call:
         if not xs:
             raise MplabError(f"{name} of no tensors: give one or more")
-        for x in xs:
-            self._reduction_call(name, x, op)
+        # Training gives many small tensors in every step: what is the same of all is looked at once.
+        first, *others = xs
+        self._reduction_call(name, first, op)
+        for x in others:
+            is_alike = isinstance(x, Tensor) and x.dtype is first.dtype and x.device == first.device
+            if not (is_alike and x.layout is torch.strided and x.is_contiguous()):
+                self._reduction_call(name, x, op)
         dtypes = {x.dtype for x in xs}
         if len(dtypes) > 1:
             raise MplabError(f"{name} needs tensors of one dtype, got {sorted(map(str, dtypes))}: one call for each")

@@ -9,6 +9,7 @@ in: a bucket that a rank's backward has not filled holds back those after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from mplab.comm.communicator import Communicator, Handle
 from mplab.errors import MplabError, NonFiniteGradient
-from mplab.private import is_shared
+from mplab.private import is_shared, norms
 
 
 class Bucket:
@@ -30,12 +31,12 @@ class Bucket:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.num_bytes = sum(p.nbytes for p in parameters)
-        self.sums: dict[nn.Parameter, Tensor] = {}  # of the gradients that this backward has computed already
+        self.ready: set[nn.Parameter] = set()  # those whose gradient this backward has computed already
 
     @property
     def is_full(self) -> bool:
         """Whether this backward has computed all of its gradients."""
-        return len(self.sums) == len(self.parameters)
+        return len(self.ready) == len(self.parameters)
 
 
 def make_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[Bucket]:
@@ -73,7 +74,7 @@ class Reducer:
         self.unused: set[nn.Parameter] = set()  # of the last backward: without a gradient on this rank
         self._num_started = 0
         self._handles: list[Handle[None]] = []
-        self._sums: list[tuple[Bucket, Tensor]] = []
+        self._sizes: list[tuple[Bucket, Tensor]] = []
         self._side: torch.cuda.Stream | None = None
         if overlap:
             for bucket in self.buckets[:-1]:
@@ -97,18 +98,18 @@ class Reducer:
         """
         self._comm, self._where, self._num_started = comm, where, 0
         self.unused.clear()
-        self._sums.clear()
+        self._sizes.clear()
         self._handles.clear()
         if comm.device.type == "cuda" and self._side is None:
             self._side = torch.cuda.Stream(comm.device)
         for bucket in self.buckets:
-            bucket.sums.clear()
+            bucket.ready.clear()
         try:
             yield
             for bucket in self.buckets[self._num_started :]:
                 self._start(bucket)
-            for bucket, sums in self._sums:
-                self._check(bucket, sums)
+            for bucket, sizes in self._sizes:
+                self._check(bucket, sizes)
         finally:
             self._comm = None
 
@@ -127,12 +128,12 @@ class Reducer:
                 return
             assert isinstance(p, nn.Parameter)
             assert p.grad is not None
-            if p in bucket.sums:
+            if p in bucket.ready:
                 raise MplabError(
                     f"{self.names[p]} got a second gradient in one backward, and its first may be on its way already: "
                     "use overlap=False; of torch.utils.checkpoint take use_reentrant=False"
                 )
-            bucket.sums[p] = _sum(p.grad)  # at once, while the gradient is in the cache
+            bucket.ready.add(p)
             if bucket.is_full:
                 with self._aside(waits=False):
                     for handle in self._handles:
@@ -145,29 +146,29 @@ class Reducer:
     def _start(self, bucket: Bucket) -> None:
         assert self._comm is not None
         self._num_started += 1
+        grads = []
         for p in bucket.parameters:
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 self.unused.add(p)
-                p.grad = torch.zeros_like(p)
-            elif is_shared(p.grad):  # with another parameter's, or with what this backward has still to read
-                p.grad = p.grad.clone()
-        grads = [p.grad for p in bucket.parameters if p.grad is not None]
-        # A sum has a NaN or an Inf if any of its elements has one, and takes one pass.
-        each = (bucket.sums.get(p) for p in bucket.parameters)
-        sums = torch.stack([_sum(g) if s is None else s for s, g in zip(each, grads, strict=True)])
+                p.grad = grad = torch.zeros_like(p)
+            elif is_shared(grad):  # with another parameter's, or with what this backward has still to read
+                p.grad = grad = grad.clone()
+            grads.append(grad)
+        sizes = torch.stack(norms(grads))  # one NaN or Inf is enough for a norm to be none
         if self._side is None:
-            self._check(bucket, sums)
+            self._check(bucket, sizes)
         else:  # asking a GPU would keep the host waiting: at the end, before anyone has changed a weight
-            self._sums.append((bucket, sums))
+            self._sizes.append((bucket, sizes))
         with self._aside():
             self._handles.append(self._comm.iall_reduce_coalesced_(grads))
 
-    def _check(self, bucket: Bucket, sums: Tensor) -> None:
-        if bool(sums.sum().isfinite()):
+    def _check(self, bucket: Bucket, sizes: Tensor) -> None:
+        if math.isfinite(sizes.sum()):
             return
-        for p, total in zip(bucket.parameters, sums, strict=True):
-            # large numbers may add up to an Inf by themselves
-            if not bool(total.isfinite()) and not (self._side is None and p.grad is not None and _is_finite(p.grad)):
+        for p, size in zip(bucket.parameters, sizes, strict=True):
+            # large numbers may have an infinite norm
+            if not bool(size.isfinite()) and not (self._side is None and p.grad is not None and _is_finite(p.grad)):
                 raise NonFiniteGradient(
                     f"{self._where}: the gradient of {self.names[p]} has a NaN or an Inf; no weight was changed. Look "
                     "at this rank's samples, lower the learning rate, or clip with max_norm"
@@ -183,11 +184,6 @@ class Reducer:
             self._side.wait_stream(torch.cuda.current_stream(self._side.device))
         with torch.cuda.stream(self._side):
             yield
-
-
-def _sum(x: Tensor) -> Tensor:
-    """Of all elements; on a GPU in float64, where finite float32 numbers don't add up to an Inf."""
-    return x.sum(dtype=torch.float64) if x.is_cuda and not x.is_complex() else x.sum()
 
 
 def _is_finite(x: Tensor) -> bool:
