@@ -436,7 +436,7 @@ def bars_of(figure: Any) -> dict[tuple[str, int], dict[str, float]]:
         if trace.type == "bar":
             for hover, y in zip(trace.hovertext, trace.y, strict=True):
                 stage, name, kind = re.match(r"ZeRO (\d), ([a-z ]+), (\w+): ", hover).groups()  # type: ignore[union-attr]
-                assert name == trace.name
+                assert trace.name == (f"{kind}, {name}" if name == "all together" else name)
                 found.setdefault((kind, int(stage)), {})[name] = y
     return found
 
