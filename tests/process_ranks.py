@@ -25,7 +25,14 @@ from pipelines import ALL_ORDERS, OPTIMIZERS, assert_losses, assert_weights, bat
 
 from mplab import Mesh, MplabError, Rank, World
 from mplab.comm.reduction import OPS
-from mplab.parallel import DataParallel, PipelineParallel, naive_data_parallel, parameter_server, scatter_gather
+from mplab.parallel import (
+    DataParallel,
+    PipelineParallel,
+    ShardedDataParallel,
+    naive_data_parallel,
+    parameter_server,
+    scatter_gather,
+)
 from mplab.plan.partition import by_depth
 from mplab.world.launch import ProcessWorld
 
@@ -205,6 +212,22 @@ def in_buckets(rank: Rank) -> list[Any]:
     mine = tuple(x[rank.index :: rank.size] for x in data.batches(3, 1)[0])
     assert engine.step_shard((mine[0], mine[1])) > 0
     results += map(digest, engine.state_dict().values())
+    return [results, [message[:6] for message in rank.comm.ledger.messages]]
+
+
+def in_shards(rank: Rank) -> list[Any]:
+    """`ShardedDataParallel` held to serial training; losses, weights and messages to the bit."""
+    results: list[Any] = []
+    runs = ("plain", "sgd"), ("tied", "adamw"), ("frozen", "adamw"), ("unused", "sgd")
+    for stage, (variant, optimizer) in itertools.product((1, 2, 3), runs):
+        start = data.model(variant, torch.float32, seed=rank.index)
+        engine = ShardedDataParallel(start, rank.comm, stage, optimizer=data.OPTIMIZERS[optimizer])
+        losses = [engine.step(batch) for batch in data.batches(11, 4)]
+        want = data.serial(variant, optimizer, rank.size, torch.float32, num_steps=4)
+        assert losses == pytest.approx(want.losses, abs=1e-6)
+        weights = engine.full_state_dict()
+        torch.testing.assert_close(weights, want.weights[-1], rtol=0, atol=1e-6)
+        results += [digest(torch.tensor(losses)), *map(digest, weights.values())]
     return [results, [message[:6] for message in rank.comm.ledger.messages]]
 
 
@@ -402,6 +425,7 @@ CHECKED: dict[str, Callable[[ProcessWorld], Any]] = {
     "train": lambda world: world.run(train)[0],
     "data_parallel": lambda world: world.run(data_parallel)[0],
     "in_buckets": lambda world: world.run(in_buckets)[0],
+    "in_shards": lambda world: world.run(in_shards)[0],
     "in_two_runs": in_two_runs,
     "late_but_in_time": lambda world: world.run(late_but_in_time),
     "between_runs": lambda world: (world.run(between_runs), world.run(between_runs), SEEN.get("received"))[2],

@@ -41,6 +41,7 @@ TWO = [
     "train",
     "data_parallel",
     "in_buckets",
+    "in_shards",
     "in_two_runs",
 ]
 FAULTS = [name for name in process_ranks.FAULTS if name not in ("cycle_of_groups", "hanging", "killed")]
@@ -52,6 +53,7 @@ FOUR = [
     "train",
     "data_parallel",
     "in_buckets",
+    "in_shards",
     "cycle_of_groups",
     "cycle",
     "early",
@@ -198,7 +200,7 @@ def test_pipelines_train_like_those_of_thread_ranks_to_the_bit(launch: Launch) -
         assert len(got[0]) > 100
 
 
-@pytest.mark.parametrize("scenario", ["data_parallel", "in_buckets"])
+@pytest.mark.parametrize("scenario", ["data_parallel", "in_buckets", "in_shards"])
 def test_data_parallelism_trains_like_that_of_thread_ranks_to_the_bit(launch: Launch, scenario: str) -> None:
     """Losses, weights and messages of every way to do it."""
     of_threads = World(launch.num_ranks, "cpu").run(getattr(process_ranks, scenario))
