@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -337,3 +339,26 @@ def test_a_time_out_of_nan_seconds_never_came() -> None:
     """`nan <= 0` is false, and so is every comparison with the time waited."""
     with pytest.raises(MplabError, match="timeout_s=nan"):
         World(2, device="cpu", timeout_s=float("nan"))
+
+
+def test_a_rank_that_was_stopped_amid_an_import_left_half_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first optimizer of a process imports for seconds; after that no rank of it could make one."""
+    lines = ["import time", "for _ in range(150):", "    time.sleep(0.01)", "is_whole = True"]
+    (tmp_path / "takes_long.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    importing = threading.Event()
+
+    def run(rank: Rank) -> None:
+        if rank.index == 0:
+            importing.wait(5)
+            time.sleep(0.1)
+            raise KeyError("the other one imports")
+        importing.set()
+        import_module("takes_long")
+        rank.comm.barrier()
+
+    with pytest.raises(KeyError):
+        World(2, device="cpu").run(run)
+    assert sys.modules.pop("takes_long").is_whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ T = TypeVar("T")
 WATCH_EVERY_S = 0.02
 # A stopped rank gets this long to leave a computation before it is left behind (and named in the error).
 GRACE_S = 0.9
+# One that imports a module is left to do so for this long: a module that was interrupted is broken for the whole process.
+IMPORT_S = 10.0
 
 
 class World:
@@ -255,16 +258,30 @@ class _Stopped(PeerFailure):
 
 def _stop(threads: list[threading.Thread], hub: Hub) -> None:
     """Let stopped ranks leave: those that wait are awake, those that compute get an exception at their next line."""
-    end = time.monotonic() + GRACE_S
     _join(threads, 0.02)
-    while (alive := [t for t in threads if t.is_alive()]) and (left_s := end - time.monotonic()) > 0:
+    now = time.monotonic()
+    end, last = now + GRACE_S, now + IMPORT_S
+    while (alive := [t for t in threads if t.is_alive()]) and (now := time.monotonic()) < end:
+        importing = [t for t in alive if _imports(t)]
         for thread in alive:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stopped))
-        _join(alive, min(0.3, left_s))  # and once more for those that caught it
+            if thread not in importing:
+                error = ctypes.py_object(_Stopped)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), error)
+        if importing:
+            end = min(now + GRACE_S, last)
+        _join(alive, min(0.02 if importing else 0.3, end - now))  # and once more for those that caught it
     for rank, thread in enumerate(threads):
         if thread.is_alive() and hub.failure is not None:
             at = hub.line_of(rank)
-            hub.failure.add_note(f"rank {rank} did not stop within {GRACE_S:g} s: it is left behind at {at}")
+            hub.failure.add_note(f"rank {rank} did not stop in time: it is left behind at {at}")
+
+
+def _imports(thread: threading.Thread) -> bool:
+    """Whether a module is being imported in it."""
+    frame = sys._current_frames().get(thread.ident or -1)
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _join(threads: list[threading.Thread], seconds: float) -> None:
