@@ -4,10 +4,10 @@ Every side trains the same GPT (fp32, four blocks) on the same batch, with one t
 number of parameters: three whose step is mostly computation, and "14 M" with 4 samples of 16 tokens, whose 56 MB of
 gradients weigh as much. A step is zero_grad, forward and backward, the gradients of all ranks added up, and an update
 by plain SGD. Ours returns the mean loss over the whole batch, which costs a message; torch's returns that of the rank's
-own samples. DDP has its default buckets of 25 MB, and gradient_as_bucket_view, with which "5 M" and "14 M" are
-faster and the others as fast. Peers are DDP and "one process" without any message, the whole batch at once, with as many torch threads
-as there are ranks. "gloo processes" is this library's data parallelism between two processes over gloo; all else are
-thread ranks. Before anything is timed, the losses of three steps of every side must be those of one process.
+own samples. DDP has its default buckets of 25 MB, and gradient_as_bucket_view, with which "5 M" and "14 M" are faster
+and the others as fast. Peers are DDP and "one process" without any message, the whole batch at once, with as many torch
+threads as there are ranks. "gloo processes" is this library's data parallelism between two processes over gloo; all
+else are thread ranks. Before anything is timed, the losses of three steps of every side must be those of one process.
 All sides run in every round, some steps in a row. A step lasts from when the last rank finished the step before to when
 the last rank finished this one, and the round's time is the median of its steps. While one side runs, the others sleep.
 """

@@ -36,7 +36,7 @@ T = TypeVar("T")
 WATCH_EVERY_S = 0.02
 # A stopped rank gets this long to leave a computation before it is left behind (and named in the error).
 GRACE_S = 0.9
-# One that imports a module is left to do so for this long: a module that was interrupted is broken for the whole process.
+# One that imports a module may go on with it for this long: interrupted, it is broken for the whole process.
 IMPORT_S = 10.0
 
 
