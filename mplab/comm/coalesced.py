@@ -2,86 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from mplab.comm import collectives
-from mplab.comm.communicator import Call, Handle
-from mplab.comm.hub import Meeting
 from mplab.comm.memory import HostMemory
 from mplab.comm.reduction import BLOCK_BYTES, reduce_in_order
 from mplab.plan.traffic import chunk_lengths
 from mplab.private import add_each_, copy_each_
-from mplab.trace.recorder import Mark
-
-if TYPE_CHECKING:
-    from mplab.comm.threads import ThreadCommunicator
-
-
-class CoalescedReduction(Handle[None]):
-    """A reduction of many tensors under way. They stay where they are: who reduces reads and writes those of all ranks.
-
-    Args:
-        comm: this rank's communicator.
-        call: what it calls.
-        xs: its tensors.
-    """
-
-    __slots__ = ("_begin_ns", "_call", "_comm", "_done", "_is_last", "_meeting", "_met", "_xs")
-
-    def __init__(self, comm: ThreadCommunicator, call: Call, xs: list[Tensor]) -> None:
-        super().__init__(self._end)
-        self._begin_ns = time.perf_counter_ns()
-        self._comm, self._call, self._xs = comm, call, xs
-        self._done: Meeting | None = None  # where the ranks meet whose share is reduced
-        self._met: Mark = None
-        shared = [x.contiguous() for x in xs]
-        if xs[0].is_complex():
-            shared = [x.resolve_conj() for x in shared]
-        self._meeting, is_last = comm._come(next(comm._numbers), call, shared)
-        if not is_last:
-            return
-        if sum(x.nbytes for x in shared) <= collectives.SMALL_BYTES:
-            comm._observe(self._meeting)
-            self._met = comm.trace.now()
-            reduce_share(call.op or "", self._meeting.items, 0, 1, comm._memory)
-            self._meeting.results = self._meeting.items
-            self._meeting.events = [comm._memory.publish()] * comm.size
-            comm.trace.add("message", call.name, self._met, comm.trace.now())
-        comm._hub.complete(self._meeting)
-
-    def advance(self) -> None:
-        """Reduce this rank's share if all ranks have brought their tensors."""
-        meeting, comm = self._meeting, self._comm
-        if self._done is not None or meeting.results is not None or not meeting.is_complete:
-            return
-        comm._observe(meeting)
-        start = comm.trace.now()
-        reduce_share(self._call.op or "", meeting.items, comm.rank, comm.size, comm._memory)
-        comm.trace.add("message", self._call.name, start, comm.trace.now())
-        self._done, is_last = comm._come((meeting.number, "done"), self._call, None)
-        if is_last:
-            comm._hub.complete(self._done)
-
-    def _end(self) -> None:
-        comm, call = self._comm, self._call
-        mark = comm.trace.now()
-        comm._await(self._meeting, call)
-        self.advance()
-        met = comm.trace.now()
-        if self._done is None:
-            comm._observe(self._meeting)
-        else:
-            comm._await(self._done, call)
-            comm._observe(self._done)
-        for x, shared in zip(self._xs, self._meeting.items[comm.rank], strict=True):
-            if x is not shared:
-                x.copy_(shared)
-        comm._end(call, self._meeting, self._begin_ns, mark, met, is_asynchronous=True)
 
 
 class Part(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mplab.comm import collectives
-from mplab.comm.coalesced import CoalescedReduction
+from mplab.comm.coalesced import reduce_share
 from mplab.comm.communicator import Call, Communicator, Handle
 from mplab.comm.hub import Hub, Meeting
 from mplab.comm.ledger import Ledger, Message
@@ -264,7 +264,7 @@ class ThreadCommunicator(Communicator):
 
     def _start_coalesced(self, call: Call, xs: list[Tensor]) -> Handle[None]:
         self._check_running(call)
-        return CoalescedReduction(self, call, xs)
+        return _CoalescedReduction(self, call, xs)
 
     def _traffic_of_all(self, meeting: Meeting) -> list[Traffic]:
         """Every rank's traffic; training repeats its calls, so it is worked out once where the call decides it."""
@@ -320,6 +320,68 @@ class ThreadCommunicator(Communicator):
         self._link_free_ns = start_ns + round(busiest_s * 1e9)
         sleep_until(self._link_free_ns)
         return start_ns, self._link_free_ns
+
+
+class _CoalescedReduction(Handle[None]):
+    """A reduction of many tensors under way. They stay where they are: who reduces reads and writes those of all ranks.
+
+    Args:
+        comm: this rank's communicator.
+        call: what it calls.
+        xs: its tensors.
+    """
+
+    __slots__ = ("_begin_ns", "_call", "_comm", "_done", "_meeting", "_met", "_xs")
+
+    def __init__(self, comm: ThreadCommunicator, call: Call, xs: list[Tensor]) -> None:
+        super().__init__(self._end)
+        self._begin_ns = time.perf_counter_ns()
+        self._comm, self._call, self._xs = comm, call, xs
+        self._done: Meeting | None = None  # where the ranks meet whose share is reduced
+        self._met: Mark = None
+        shared = [x.contiguous() for x in xs]
+        if xs[0].is_complex():
+            shared = [x.resolve_conj() for x in shared]
+        self._meeting, is_last = comm._come(next(comm._numbers), call, shared)
+        if not is_last:
+            return
+        if sum(x.nbytes for x in shared) <= collectives.SMALL_BYTES:
+            comm._observe(self._meeting)
+            self._met = comm.trace.now()
+            reduce_share(call.op or "", self._meeting.items, 0, 1, comm._memory)
+            self._meeting.results = self._meeting.items
+            self._meeting.events = [comm._memory.publish()] * comm.size
+            comm.trace.add("message", call.name, self._met, comm.trace.now())
+        comm._hub.complete(self._meeting)
+
+    def advance(self) -> None:
+        """Reduce this rank's share if all ranks have brought their tensors."""
+        meeting, comm = self._meeting, self._comm
+        if self._done is not None or meeting.results is not None or not meeting.is_complete:
+            return
+        comm._observe(meeting)
+        start = comm.trace.now()
+        reduce_share(self._call.op or "", meeting.items, comm.rank, comm.size, comm._memory)
+        comm.trace.add("message", self._call.name, start, comm.trace.now())
+        self._done, is_last = comm._come((meeting.number, "done"), self._call, None)
+        if is_last:
+            comm._hub.complete(self._done)
+
+    def _end(self) -> None:
+        comm, call = self._comm, self._call
+        mark = comm.trace.now()
+        comm._await(self._meeting, call)
+        self.advance()
+        met = comm.trace.now()
+        if self._done is None:
+            comm._observe(self._meeting)
+        else:
+            comm._await(self._done, call)
+            comm._observe(self._done)
+        for x, shared in zip(self._xs, self._meeting.items[comm.rank], strict=True):
+            if x is not shared:
+                x.copy_(shared)
+        comm._end(call, self._meeting, self._begin_ns, mark, met, is_asynchronous=True)
 
 
 def _next_number(counts: dict[Hashable, int], peer: int, tag: int) -> Hashable:
