@@ -1,6 +1,6 @@
 """How ranks talk."""
 
-from mplab.comm.communicator import Call as Call
+from mplab.comm.calls import Call as Call
 from mplab.comm.communicator import Communicator as Communicator
 from mplab.comm.communicator import Handle as Handle
 from mplab.comm.ledger import Ledger as Ledger

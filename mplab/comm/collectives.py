@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mplab.comm.communicator import Call
+from mplab.comm.calls import Call
 from mplab.comm.memory import HostMemory
 from mplab.comm.reduction import BLOCK_BYTES, reduce_in_order
 from mplab.plan.traffic import chunk_lengths

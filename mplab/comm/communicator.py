@@ -10,58 +10,18 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from mplab.comm.calls import Call, Caller
 from mplab.comm.ledger import Ledger, Message
-from mplab.comm.reduction import check_op
 from mplab.errors import MplabError
 from mplab.plan.traffic import Traffic
 from mplab.trace.recorder import Mark, Recorder
 
 T = TypeVar("T")
-
-
-class Call(NamedTuple):
-    """What a rank says it calls. Ranks of a group whose calls differ get a `CollectiveMismatch`.
-
-    `shape` has -1 where ranks may differ (the gathered dimension) and is None where only the root knows it.
-    `shapes` are those of tensors that travel as one.
-    """
-
-    name: str
-    op: str | None = None
-    root: int | None = None
-    dim: int | None = None
-    shape: tuple[int, ...] | None = None
-    dtype: torch.dtype | None = None
-    shapes: tuple[tuple[int, ...], ...] | None = None
-
-    def agrees(self, other: Call) -> bool:
-        """True if the two can be the same collective: a rank that gives no tensor knows no shape and no dtype."""
-        return self[:4] == other[:4] and all(
-            a == b or a is None or b is None for a, b in zip(self[4:], other[4:], strict=True)
-        )
-
-    def with_shape_of(self, other: Call) -> Call:
-        """This call with the shape and dtype of another, where it knows none itself."""
-        return self if self.shape is not None else self._replace(shape=other.shape, dtype=other.dtype)
-
-    def __str__(self) -> str:
-        said = [
-            f"{key}={value!r}"
-            for key, value in (("op", self.op), ("root", self.root), ("dim", self.dim))
-            if value is not None
-        ]
-        if self.shape is not None:
-            said.append(f"shape=({', '.join('?' if s < 0 else str(s) for s in self.shape)})")
-        if self.dtype is not None:
-            said.append(str(self.dtype).removeprefix("torch."))
-        if self.shapes is not None:
-            said.append(f"shapes=[{', '.join(str(tuple(shape)) for shape in self.shapes)}]")
-        return f"{self.name}({', '.join(said)})"
 
 
 class Handle(Generic[T]):
@@ -84,7 +44,7 @@ class Handle(Generic[T]):
         """Do this rank's part of it if that takes no waiting; nothing where a backend goes on by itself."""
 
 
-class Communicator(abc.ABC):
+class Communicator(Caller, abc.ABC):
     """Sends, receives and collectives of one rank in one group.
 
     A collective returns a new tensor, outside autograd; names that end in `_` work in place. Names that begin with `i`
@@ -103,11 +63,8 @@ class Communicator(abc.ABC):
     def __init__(
         self, rank: int, ranks: tuple[int, ...], device: torch.device, ledger: Ledger, trace: Recorder
     ) -> None:
-        self.rank = rank
-        self.ranks = ranks
-        self.size = len(ranks)
+        super().__init__(rank, ranks, device)
         self._others = tuple(r for r in ranks if r != ranks[rank])
-        self.device = device
         self.ledger = ledger
         self.trace = trace
 
@@ -368,95 +325,3 @@ class Communicator(abc.ABC):
         self.trace.add("message", name, start, end, traffic.sent_bytes)
         size = (traffic.num_sent, traffic.sent_bytes, traffic.received_bytes)
         self.ledger.add(Message(name, self.ranks, self._others, *size, begin_ns, time.perf_counter_ns()))
-
-    # -- checks, before any message -----------------------------------------------------------------------------------
-
-    def _check_tensor(self, x: Tensor | None, where: str) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise MplabError(f"{where} needs a torch.Tensor, got {type(x).__name__}: wrap it with torch.as_tensor(...)")
-        if x.device != self.device:
-            raise MplabError(
-                f"{where} got a tensor on {x.device}, but rank {self.rank} computes on {self.device}: "
-                "move it with x.to(rank.device)"
-            )
-        if x.layout != torch.strided:
-            raise MplabError(f"{where} needs a dense tensor, got {x.layout}: convert it with x.to_dense()")
-        return x
-
-    def _check_peer(self, peer: int, name: str) -> int:
-        if not 0 <= peer < self.size:
-            raise MplabError(
-                f"{name}={peer} is no rank of this group of {self.size}: ranks go from 0 to {self.size - 1}"
-            )
-        if peer == self.rank:
-            raise MplabError(f"{name}={peer} is this rank itself: a rank needs no message to keep what it has")
-        return peer
-
-    def _check_root(self, root: int) -> None:
-        if not 0 <= root < self.size:
-            raise MplabError(f"root={root} is no rank of this group of {self.size}: ranks go from 0 to {self.size - 1}")
-
-    def _check_dim(self, x: Tensor, dim: int, where: str) -> int:
-        if x.dim() == 0:
-            raise MplabError(f"{where} of a 0-dim tensor: it has no dim to work along, give it one with x.reshape(1)")
-        if not -x.dim() <= dim < x.dim():
-            raise MplabError(
-                f"{where} along dim={dim} of a tensor of shape {tuple(x.shape)}: "
-                f"dim must be from {-x.dim()} to {x.dim() - 1}"
-            )
-        return dim % x.dim()
-
-    def _check_group(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """World ranks of a new group."""
-        if len(set(ranks)) != len(ranks) or not all(0 <= r < self.size for r in ranks):
-            raise MplabError(f"group({list(ranks)}): each rank once, from 0 to {self.size - 1}")
-        if self.rank not in ranks:
-            raise MplabError(
-                f"group({list(ranks)}) was called by rank {self.rank}, which is not in it: only its members call it"
-            )
-        return tuple(self.ranks[r] for r in ranks)
-
-    # -- what is called -----------------------------------------------------------------------------------------------
-
-    def _reduction_call(self, name: str, x: Tensor, op: str) -> Call:
-        self._check_tensor(x, name)
-        check_op(op, x.dtype)
-        if name.endswith("_") and any(step == 0 and n > 1 for n, step in zip(x.shape, x.stride(), strict=True)):
-            raise MplabError(f"{name} into an expanded tensor, whose elements share memory: give it x.clone()")
-        return Call(name, op, None, None, tuple(x.shape), x.dtype)
-
-    def _coalesced_call(self, name: str, xs: Sequence[Tensor], op: str) -> Call:
-        if not xs:
-            raise MplabError(f"{name} of no tensors: give one or more")
-        # Training gives many small tensors in every step: what is the same of all is looked at once.
-        first, *others = xs
-        self._reduction_call(name, first, op)
-        for x in others:
-            is_alike = isinstance(x, Tensor) and x.dtype is first.dtype and x.device == first.device
-            if not (is_alike and x.layout is torch.strided and x.is_contiguous()):
-                self._reduction_call(name, x, op)
-        dtypes = {x.dtype for x in xs}
-        if len(dtypes) > 1:
-            raise MplabError(f"{name} needs tensors of one dtype, got {sorted(map(str, dtypes))}: one call for each")
-        return Call(name, op, dtype=xs[0].dtype, shapes=tuple(x.shape for x in xs))
-
-    def _gather_in_place_call(self, x: Tensor) -> Call:
-        self._check_dim(self._check_tensor(x, "all_gather_"), 0, "all_gather_")
-        if not x.is_contiguous() or x.is_conj() or x.is_neg():
-            raise MplabError("all_gather_ works on the memory of a contiguous tensor: give it x.contiguous()")
-        return Call("all_gather_", None, None, 0, tuple(x.shape), x.dtype)
-
-    def _reduce_scatter_call(self, x: Tensor, op: str, dim: int) -> Call:
-        return self._reduction_call("reduce_scatter", x, op)._replace(dim=self._check_dim(x, dim, "reduce_scatter"))
-
-    def _gather_call(self, name: str, x: Tensor, dim: int) -> Call:
-        self._check_tensor(x, name)
-        dim = self._check_dim(x, dim, name)
-        return Call(name, None, None, dim, (*x.shape[:dim], -1, *x.shape[dim + 1 :]), x.dtype)
-
-    def _rooted_call(self, name: str, x: Tensor | None, root: int) -> Call:
-        self._check_root(root)
-        if x is None and self.rank != root:
-            return Call(name, None, root)
-        self._check_tensor(x, f"{name} on its root" if x is None else name)
-        return Call(name, None, root, None, tuple(x.shape), x.dtype)  # type: ignore[union-attr]

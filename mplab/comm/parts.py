@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mplab.comm.communicator import Call
+from mplab.comm.calls import Call
 from mplab.comm.reduction import reduce_in_order
 
 # Up to this size another round takes longer than whole tensors in place of chunks.

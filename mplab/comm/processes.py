@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mplab.comm import collectives, fabric, parts
-from mplab.comm.communicator import Call, Communicator, Handle
+from mplab.comm.calls import Call
+from mplab.comm.communicator import Communicator, Handle
 from mplab.comm.guard import Guard
 from mplab.comm.hub import user_line
 from mplab.comm.ledger import Ledger, Message

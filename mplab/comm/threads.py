@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mplab.comm import collectives
+from mplab.comm.calls import Call
 from mplab.comm.coalesced import reduce_share
-from mplab.comm.communicator import Call, Communicator, Handle
+from mplab.comm.communicator import Communicator, Handle
 from mplab.comm.hub import Hub, Meeting
 from mplab.comm.ledger import Ledger, Message
 from mplab.comm.link import sleep_until

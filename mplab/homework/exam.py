@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mplab.comm.communicator import Call, Communicator, Handle
+from mplab.comm.calls import Call
+from mplab.comm.communicator import Communicator, Handle
 from mplab.comm.ledger import Ledger
 from mplab.errors import MplabError
 from mplab.trace.recorder import Recorder

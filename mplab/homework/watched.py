@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mplab.comm.communicator import Call, Communicator, Handle, T
+from mplab.comm.calls import Call
+from mplab.comm.communicator import Communicator, Handle, T
 from mplab.comm.ledger import Ledger, Message
 from mplab.errors import CollectiveMismatch, CommTimeout, Deadlock
 from mplab.homework.limited import Attempt, TooManySteps, counted
