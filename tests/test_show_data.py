@@ -442,7 +442,9 @@ def bars_of(figure: Any) -> dict[tuple[str, int], dict[str, float]]:
 
 
 def test_the_bars_are_what_is_held() -> None:
-    figure = zero_memory_figure(PREDICTED, MEASURED, notes=["4 ranks share 2 cores: times are not speed-ups"])
+    notes = ["4 ranks share 2 cores: times are not speed-ups"]
+    figure = zero_memory_figure(PREDICTED, MEASURED, notes, title="Peak of a step")
+    assert figure.layout.title.text == "Peak of a step"
     bars = bars_of(figure)
     parts = ("parameters", "gradients", "optimizer", "activations")
     assert bars["predicted", 0] == dict(zip(parts, (4, 4, 8, 2), strict=True))

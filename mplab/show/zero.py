@@ -61,11 +61,11 @@ def zero_memory_figure(
             if not any(sizes.values()):
                 continue
             tall_bytes = highest * _ROOM * _LABEL_PX / _PLOT_PX  # enough for a label
-            title = name if name in _LOOKS else f"{kind}, {name}"
+            in_legend = name if name in _LOOKS else f"{kind}, {name}"
             figure.add_bar(
-                name=title,
-                legendgroup=title,
-                showlegend=title not in [bars.name for bars in figure.data],
+                name=in_legend,
+                legendgroup=in_legend,
+                showlegend=in_legend not in [bars.name for bars in figure.data],
                 x=[stage + aside for stage in sizes],
                 y=[size / _MIB for size in sizes.values()],
                 width=_WIDTH,
