@@ -37,24 +37,22 @@ def trace_start_ns(profiler: torch.profiler.profile) -> int | None:
 
 def add_each_(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
     """x += y for each pair, without going through Python for each, where torch can."""
-    try:
-        add = torch._foreach_add_
-    except AttributeError:
-        for x, y in zip(xs, ys, strict=True):
-            x.add_(y)
-    else:
-        add(list(xs), list(ys))
+    _for_each_pair("_foreach_add_", Tensor.add_, xs, ys)
 
 
 def copy_each_(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
     """x becomes y for each pair, without going through Python for each, where torch can."""
-    try:
-        copy = torch._foreach_copy_
-    except AttributeError:
-        for x, y in zip(xs, ys, strict=True):
-            x.copy_(y)
-    else:
-        copy(list(xs), list(ys))
+    _for_each_pair("_foreach_copy_", Tensor.copy_, xs, ys)
+
+
+def _for_each_pair(name: str, one: Callable[[Tensor, Tensor], Any], xs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
+    """torch's function of this name over lists, or else one pair after the other."""
+    of_lists = getattr(torch, name, None)
+    if of_lists is not None:
+        of_lists(list(xs), list(ys))
+        return
+    for x, y in zip(xs, ys, strict=True):
+        one(x, y)
 
 
 def norms(xs: Sequence[Tensor]) -> list[Tensor]:

@@ -332,14 +332,13 @@ class _CoalescedReduction(Handle[None]):
         xs: its tensors.
     """
 
-    __slots__ = ("_begin_ns", "_call", "_comm", "_done", "_meeting", "_met", "_xs")
+    __slots__ = ("_begin_ns", "_call", "_comm", "_done", "_meeting", "_xs")
 
     def __init__(self, comm: ThreadCommunicator, call: Call, xs: list[Tensor]) -> None:
         super().__init__(self._end)
         self._begin_ns = time.perf_counter_ns()
         self._comm, self._call, self._xs = comm, call, xs
         self._done: Meeting | None = None  # where the ranks meet whose share is reduced
-        self._met: Mark = None
         shared = [x.contiguous() for x in xs]
         if xs[0].is_complex():
             shared = [x.resolve_conj() for x in shared]
@@ -348,11 +347,11 @@ class _CoalescedReduction(Handle[None]):
             return
         if sum(x.nbytes for x in shared) <= collectives.SMALL_BYTES:
             comm._observe(self._meeting)
-            self._met = comm.trace.now()
+            met = comm.trace.now()
             reduce_share(call.op or "", self._meeting.items, 0, 1, comm._memory)
             self._meeting.results = self._meeting.items
             self._meeting.events = [comm._memory.publish()] * comm.size
-            comm.trace.add("message", call.name, self._met, comm.trace.now())
+            comm.trace.add("message", call.name, met, comm.trace.now())
         comm._hub.complete(self._meeting)
 
     def advance(self) -> None:

@@ -120,7 +120,7 @@ def run(num_ranks: int, main: Callable[[Rank, Watched], object]) -> Run:
 
 @cache
 def _load_optimizers() -> None:
-    """The first optimizer of a process imports half of torch: not in a rank, which may be stopped amid that."""
+    """The first optimizer of a process imports half of torch: not in a rank, whose steps and seconds are counted."""
     torch.optim.SGD([torch.zeros(1)])
 
 

@@ -24,7 +24,7 @@ from mplab.models import cross_entropy
 from mplab.parallel.agree import check_agreement
 from mplab.parallel.buckets import Reducer
 from mplab.parallel.pipeline import OptimizerFactory
-from mplab.parallel.serial import LossFunction, check_batch
+from mplab.parallel.serial import LossFunction
 from mplab.parallel.shares import (
     autocasting,
     broadcast_state,
@@ -135,7 +135,7 @@ class DataParallel:
         **Communication**: one all_reduce_coalesced_ a bucket; one all_reduce_ of 2 + (trained parameters) float64: the
         loss, the batch's size, and who has a gradient for what.
         """
-        return self._step(shard(batch, self.comm), check_batch(batch))
+        return self._step(shard(batch, self.comm), len(batch[0]))
 
     def step_shard(self, mine: Batch) -> float:
         """`step` for ranks that bring their samples themselves, as many as they have, from none upwards.

@@ -24,6 +24,7 @@ from mplab.parallel.backward import SplitBackward
 from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.layer_state import put_states, receive_state, send_state, take_state
 from mplab.parallel.serial import LossFunction, check_batch
+from mplab.parallel.shares import described
 from mplab.parallel.tied import TiedWeights
 from mplab.plan.partition import check_cuts, stage_bounds
 from mplab.plan.schedule import Order, Schedule, build
@@ -95,7 +96,7 @@ class PipelineParallel:
                 "cuts": self.cuts,
                 "schedule": [" ".join(map(str, actions)) for actions in schedule.ranks],
                 "recompute": recompute,
-                "parameters": {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in model.named_parameters()},
+                "parameters": described(model),
             },
         )
         self._program = program(schedule, comm.rank)

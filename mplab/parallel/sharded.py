@@ -28,7 +28,7 @@ from mplab.models import cross_entropy, layers
 from mplab.parallel.agree import check_agreement
 from mplab.parallel.flat import Flat, Unit, make_units, merged_state, split_state
 from mplab.parallel.pipeline import OptimizerFactory
-from mplab.parallel.serial import LossFunction, check_batch
+from mplab.parallel.serial import LossFunction
 from mplab.parallel.shares import (
     autocasting,
     broadcast_state,
@@ -175,7 +175,7 @@ class ShardedDataParallel:
         stage has it; one all_reduce_ of 2 + number of trained parameters float64: the loss, the batch size, and which
         parameters were used; with `max_norm` one of 1 float64.
         """
-        return self._step(shard(batch, self.comm), check_batch(batch))
+        return self._step(shard(batch, self.comm), len(batch[0]))
 
     def step_shard(self, batch: Batch) -> float:
         """`step` on this rank's own samples; ranks may have different numbers of them, and some none.

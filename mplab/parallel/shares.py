@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mplab.comm.communicator import Communicator
 from mplab.datasets import Batch
 from mplab.errors import MplabError
+from mplab.parallel.serial import check_batch
 
 
 def check_training(
@@ -91,10 +92,7 @@ def total_samples(mine: Batch, comm: Communicator) -> int:
 
     **Communication**: all_gather of 8 bytes.
     """
-    inputs, targets = mine
-    if len(inputs) != len(targets):
-        raise MplabError(f"{len(inputs)} inputs and {len(targets)} targets: a batch needs as many of each")
-    total = int(comm.all_gather(torch.tensor([len(inputs)], device=comm.device)).sum())
+    total = int(comm.all_gather(torch.tensor([check_batch(mine)], device=comm.device)).sum())
     if not total:
         raise MplabError(f"none of the {comm.size} ranks has a sample: a step needs one or more")
     return total
