@@ -21,14 +21,14 @@ from typing import Any, Protocol
 
 import torch
 
-from mplab.bench import torch_data
+from mplab.bench import pipeline, torch_data
 from mplab.bench.all_reduce import call_s
 from mplab.bench.common import Row, compare, paired
 from mplab.bench.pipeline import check
 from mplab.bench.torch_data import LEARNING_RATE, NUM_RANKS, SIZES, Size, batch, gpt
 from mplab.comm.communicator import Communicator
 from mplab.datasets import Batch
-from mplab.parallel import DataParallel, Serial
+from mplab.parallel import DataParallel
 from mplab.world.children import TIMEOUT_S, GlooProcesses
 from mplab.world.join import Member
 from mplab.world.launch import ProcessWorld
@@ -196,28 +196,8 @@ class Torch:
         return list(self._call(torch_data.memory_bytes))
 
 
-class OneProcess:
+class OneProcess(pipeline.OneProcess):
     """The whole model and batch in this process."""
 
     def __init__(self, size: Size) -> None:
-        model = gpt(size)
-        self._serial = Serial(model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE))
-        self._batch = batch(size)
-
-    def losses(self) -> list[float]:
-        """Of the first steps."""
-        return [self._serial.step(self._batch) for _ in range(NUM_CHECKED)]
-
-    def step_s(self, num_steps: int) -> float:
-        """Seconds of a step."""
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(NUM_RANKS)
-        try:
-            self._serial.step(self._batch)
-            times = [time.perf_counter_ns()]
-            for _ in range(num_steps):
-                self._serial.step(self._batch)
-                times.append(time.perf_counter_ns())
-        finally:
-            torch.set_num_threads(num_threads)
-        return call_s([times])
+        super().__init__(gpt(size), batch(size), NUM_CHECKED)

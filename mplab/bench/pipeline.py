@@ -23,11 +23,13 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from mplab.bench import torch_pipeline
 from mplab.bench.all_reduce import call_s
 from mplab.bench.common import Row, compare, paired
 from mplab.bench.torch_pipeline import CUTS, LEARNING_RATE, NUM_MICROBATCHES, NUM_RANKS, batch, gpt
+from mplab.datasets import Batch
 from mplab.errors import MplabError
 from mplab.parallel import PipelineParallel, Serial
 from mplab.plan.schedule import build
@@ -72,7 +74,7 @@ def run(
 def _rows(
     size: str, width: int, gloo: GlooProcesses, num_rounds: int, num_steps: int, schedules: Sequence[str]
 ) -> list[Row]:
-    one = OneProcess(width)
+    one = OneProcess(gpt(width), batch())
     ours = {s: Ours(s, width) for s in schedules}
     peers = {s: Torch(s, width, gloo) for s in schedules}
     expected = one.losses()
@@ -138,16 +140,21 @@ def bubbles(steps: Sequence[Sequence[Spans]]) -> list[float]:
 
 
 class OneProcess:
-    """The whole model in this process."""
+    """The whole model in this process.
 
-    def __init__(self, width: int) -> None:
-        model = gpt(width)
+    Args:
+        model: it is trained.
+        batch: of every step.
+        num_checked: steps whose losses are compared.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, num_checked: int = 2) -> None:
         self._serial = Serial(model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE))
-        self._batch = batch()
+        self._batch, self._num_checked = batch, num_checked
 
     def losses(self) -> list[float]:
-        """Of the first two steps."""
-        return [self._serial.step(self._batch) for _ in range(2)]
+        """Of the first steps."""
+        return [self._serial.step(self._batch) for _ in range(self._num_checked)]
 
     def step_s(self, num_steps: int) -> float:
         """Seconds of a step."""
