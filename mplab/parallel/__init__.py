@@ -7,15 +7,27 @@ from mplab.parallel.predict import Predictor
 from mplab.parallel.profile import profile_layers
 from mplab.parallel.serial import Serial
 from mplab.parallel.sharded import ShardedDataParallel
+from mplab.parallel.tensor import TensorParallel
+from mplab.parallel.tensor_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from mplab.parallel.tensor_model import tensor_parallel
+from mplab.parallel.tensor_plan import tensor_plan
+from mplab.parallel.vocab import vocab_parallel_cross_entropy
 
 __all__ = [
+    "ColumnParallelLinear",
     "DataParallel",
     "PipelineParallel",
     "Predictor",
+    "RowParallelLinear",
     "Serial",
     "ShardedDataParallel",
+    "TensorParallel",
+    "VocabParallelEmbedding",
     "naive_data_parallel",
     "parameter_server",
     "profile_layers",
     "scatter_gather",
+    "tensor_parallel",
+    "tensor_plan",
+    "vocab_parallel_cross_entropy",
 ]

@@ -1,0 +1,116 @@
+"""What the ranks of a model that is cut have to bring together: its weights as one, and gradients that are parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mplab.comm.communicator import Communicator
+from mplab.errors import MplabError
+from mplab.parallel.cut import ParallelLayer, cuts_of
+from mplab.private import is_shared
+
+
+@torch.no_grad()
+def broadcast_whole(model: nn.Module, comm: Communicator) -> None:
+    """Give every rank what rank 0 has of all that is not cut.
+
+    **Communication**: a broadcast of each such parameter and buffer.
+    """
+    cuts = cuts_of(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor not in cuts:
+            tensor.copy_(comm.broadcast(tensor))
+
+
+def sum_partial_gradients(model: nn.Module, comm: Communicator) -> None:
+    """Add up, over all ranks, the gradients of parameters that each rank has whole and used for its own part.
+
+    With sequence parallelism these are all that are not cut; else those of the style "partial" alone.
+
+    Args:
+        model: what `tensor_parallel` gave.
+        comm: this rank's communicator on the tensor axis.
+
+    **Communication**: one all_reduce_coalesced_ for each dtype.
+    """
+    cuts = cuts_of(model)
+    partial_ones = {
+        p: None
+        for module in model.modules()
+        if getattr(module, "has_partial_gradients", False)
+        for p in module.parameters(recurse=False)
+        if p not in cuts and p.grad is not None
+    }
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for p in partial_ones:
+        assert p.grad is not None
+        if is_shared(p.grad):  # in place, another gradient in the same memory would be counted twice
+            p.grad = p.grad.clone()
+        by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+    for grads in by_dtype.values():
+        comm.all_reduce_coalesced_(grads)
+
+
+def full_state_dict(model: nn.Module, comm: Communicator) -> dict[str, Tensor]:
+    """The ordinary `state_dict` of the model that `tensor_parallel` was given, on every rank, as copies.
+
+    **Communication**: an all_gather of each parameter that is cut.
+    """
+    return _merge(model, model.state_dict(keep_vars=True), comm, lambda tensor: tensor.detach())
+
+
+def full_gradients(model: nn.Module, comm: Communicator) -> dict[str, Tensor]:
+    """The gradients that the whole model would have, by name, on every rank, as copies; of frozen parameters none.
+
+    **Communication**: an all_gather of each parameter that is cut.
+    """
+    trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return _merge(model, trained, comm, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+def _merge(
+    model: nn.Module, tensors: Mapping[str, Tensor], comm: Communicator, of: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """What `of` gives for each tensor of a model that is cut, whole."""
+    cuts = cuts_of(model)
+    merged: dict[Tensor, Tensor] = {}  # tied ones once
+    for tensor in tensors.values():
+        if tensor not in merged:
+            cut = cuts.get(tensor)
+            merged[tensor] = of(tensor).clone() if cut is None else cut.merge(of(tensor), comm)
+    return {name: merged[tensor] for name, tensor in tensors.items()}
+
+
+def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load an ordinary `state_dict` of the whole model, saved with any number of ranks: each takes its parts.
+
+    Args:
+        model: what `tensor_parallel` gave.
+        state: the same on every rank.
+
+    Raises:
+        MplabError: names or shapes that are not the model's; nothing is changed then.
+
+    **Communication**: none.
+    """
+    cuts = cuts_of(model)
+    comm = next(module.comm for module in model.modules() if isinstance(module, ParallelLayer))
+    own = model.state_dict(keep_vars=True)
+    if missing := own.keys() ^ state.keys():
+        raise MplabError(f"the state has not the model's names, which differ in {sorted(missing)[:5]}: load its own")
+    for name, tensor in own.items():
+        shape = list(tensor.shape)
+        if tensor in cuts:
+            shape[cuts[tensor].dim] *= comm.size
+        if list(state[name].shape) != shape:
+            raise MplabError(
+                f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(shape)} in the model: load the "
+                "state of a model of the same sizes"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            cut = cuts.get(tensor)
+            tensor.copy_(state[name] if cut is None else cut.part(state[name], comm.rank, comm.size))
