@@ -199,11 +199,10 @@ class VocabParallelEmbedding(ParallelLayer):
                     f"tokens from {low} to {high}, but the vocabulary goes from 0 to {self.num_embeddings - 1}: build "
                     "the model with the vocab_size of the data"
                 )
-        rows = tokens - self.first
-        is_elsewhere = (rows < 0) | (rows >= self.num_rows)
-        x = functional.embedding(rows.masked_fill_(is_elsewhere, 0), self.weight, self.padding_idx)
-        x = x.masked_fill(is_elsewhere.unsqueeze(-1), 0)
-        return operators.all_reduce(x, self.comm) if self.reduce_gradient else operators.reduce_from(x, self.comm)
+        place = tokens - self.first
+        row = place.clamp(0, self.num_rows - 1)
+        x = functional.embedding(row, self.weight, self.padding_idx) * (row == place).unsqueeze(-1)
+        return operators.all_reduce(x, self.comm) if self.reduce_gradient else operators.reduce_from_(x, self.comm)
 
 
 def _check_divides(kind: str, what: str, size: int, divisor: int) -> None:

@@ -46,45 +46,59 @@ def vocab_parallel_cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise MplabError(f"label_smoothing {label_smoothing}: must be from 0 to 1")
     num_classes, rows = logits.shape[-1] * comm.size, targets.flatten()
-    is_class = (rows >= 0) & (rows < num_classes)
-    is_wrong = ~is_class & (rows != ignore_index)
-    if rows.device.type == "cpu" and bool(is_wrong.any()):
-        raise MplabError(
-            f"targets from {int(rows.min())} to {int(rows.max())}, but the {comm.size} ranks have logits for "
-            f"{num_classes} classes, 0 to {num_classes - 1}: build the model with the vocab_size of the data"
-        )
-    losses: Tensor = _CrossEntropy.apply(logits.flatten(0, -2), rows, comm, label_smoothing)  # type: ignore[no-untyped-call]
-    counted = rows != ignore_index
-    mean = losses.where(counted, 0.0).sum() / counted.sum()
-    return mean if rows.device.type == "cpu" else mean.where(~is_wrong.any(), torch.nan)
+    if rows.device.type == "cpu" and rows.numel():
+        low, high = map(int, rows.aminmax())
+        if (low < 0 or high >= num_classes) and not _are_classes(rows, num_classes, ignore_index).all():
+            raise MplabError(
+                f"targets from {low} to {high}, but the {comm.size} ranks have logits for {num_classes} classes, 0 to "
+                f"{num_classes - 1}: build the model with the vocab_size of the data"
+            )
+    mean: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits.flatten(0, -2), rows, comm, ignore_index, label_smoothing
+    )
+    return mean
+
+
+def _are_classes(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return ((targets >= 0) & (targets < num_classes)) | (targets == ignore_index)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Logits (N, V/n) and targets (N) -> losses (N), in float32 at least."""
+    """Logits (N, V/n) and targets (N) -> their mean loss, computed in float32 at least."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, comm: Communicator, smoothing: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, comm: Communicator, ignore_index: int, smoothing: float
+    ) -> Tensor:
         x = logits.float() if logits.dtype.itemsize < 4 else logits
         num_own = x.shape[-1]
-        own = targets - comm.rank * num_own
-        is_here = (own >= 0) & (own < num_own)
-        own.masked_fill_(~is_here, 0)
-        of_target = x.gather(-1, own[:, None]).squeeze(-1).masked_fill_(~is_here, 0)
-        said = [x.logsumexp(-1), of_target, *([x.sum(-1)] if smoothing else [])]
+        place = targets - comm.rank * num_own
+        own = place.clamp(0, num_own - 1)
+        is_here = own == place
+        of_target = x.gather(-1, own[:, None]).squeeze(-1)
+        log_shares = x.log_softmax(-1)  # of this rank's classes: in one pass, and its maximum has the log-sum-exp
+        log_sum = x.amax(-1) - log_shares.amax(-1)
+        said = [log_sum, of_target.where(is_here, 0.0), *([x.sum(-1)] if smoothing else [])]
         of_ranks = comm.all_gather(torch.stack(said)[None])
-        log_sum = of_ranks[:, 0].logsumexp(0)
+        log_total = of_ranks[:, 0].logsumexp(0)
         right = of_ranks[:, 1].sum(0)
+        num_classes = num_own * comm.size
         if smoothing:
-            right = (1 - smoothing) * right + (smoothing / (num_own * comm.size)) * of_ranks[:, 2].sum(0)
-        ctx.save_for_backward(x, own, is_here, log_sum)
-        ctx.smoothing, ctx.size, ctx.dtype = smoothing, comm.size, logits.dtype
-        return log_sum - right
+            right = (1 - smoothing) * right + (smoothing / num_classes) * of_ranks[:, 2].sum(0)
+        losses = log_total - right
+        if targets.device.type != "cpu":
+            losses = losses.where(_are_classes(targets, num_classes, ignore_index), torch.nan)
+        counted = targets != ignore_index
+        weights = counted / counted.sum()
+        ctx.save_for_backward(log_shares, log_sum - log_total, own, is_here, weights)
+        ctx.smoothing, ctx.num_classes, ctx.dtype = smoothing, num_classes, logits.dtype
+        return losses.where(counted, 0.0).sum() / counted.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, own, is_here, log_sum = ctx.saved_tensors
-        share = (x - log_sum[:, None]).exp_()  # softmax
-        share.scatter_add_(1, own[:, None], (is_here * (ctx.smoothing - 1)).to(share.dtype)[:, None])
+        log_shares, log_share, own, is_here, weights = ctx.saved_tensors
+        shares = (log_shares + log_share[:, None]).exp_()  # the softmax over all classes
+        shares.scatter_add_(1, own[:, None], (is_here * (ctx.smoothing - 1.0)).to(shares.dtype)[:, None])
         if ctx.smoothing:
-            share -= ctx.smoothing / (x.shape[-1] * ctx.size)
-        return share.mul_(grad[:, None]).to(ctx.dtype), None, None, None
+            shares -= ctx.smoothing / ctx.num_classes
+        return shares.mul_((weights * grad)[:, None]).to(ctx.dtype), None, None, None, None
