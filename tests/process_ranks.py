@@ -1,10 +1,11 @@
-"""What the processes of tests/test_processes.py run: `process_ranks.py FOLDER SCENARIO...`, each in a world of its own.
+"""What the processes of tests/test_processes*.py run: `process_ranks.py FOLDER SCENARIO...`, each in a world of its own.
 
 Each process writes what it saw of each scenario to FOLDER/SCENARIO.RANK.json.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -22,13 +23,18 @@ import pytest
 import torch
 from conformance import CHECKS, checks_of, groups, ledgers, messages
 from pipelines import ALL_ORDERS, OPTIMIZERS, assert_losses, assert_weights, batches, chain, serial_chain, stages_a_rank
+from torch import nn
 
 from mplab import Mesh, MplabError, Rank, World
 from mplab.comm.reduction import OPS
+from mplab.datasets import Batch
+from mplab.models import GPT, GPTConfig, cross_entropy, seed_parameters
 from mplab.parallel import (
     DataParallel,
     PipelineParallel,
+    Serial,
     ShardedDataParallel,
+    TensorParallel,
     naive_data_parallel,
     parameter_server,
     scatter_gather,
@@ -232,6 +238,70 @@ def in_shards(rank: Rank) -> list[Any]:
     return [results, [message[:6] for message in rank.comm.ledger.messages]]
 
 
+def in_tensors(rank: Rank, sequence_parallel: bool) -> list[Any]:
+    """`TensorParallel` of a GPT held to serial training; losses, gradients, weights and messages to the bit."""
+    results: list[Any] = []
+    small, large = GPTConfig(8, 8, 2, 4, 8), GPTConfig(8, 64, 1, 4, 64, tied=False)
+    runs: list[tuple[GPTConfig, torch.dtype, int, dict[str, Any]]] = [
+        (small, torch.float64, 5, {}),
+        (small, torch.float32, 5, {"overlap": True, "max_norm": 0.5}),
+        (small, torch.float64, 5, {"overlap": True, "num_microbatches": 2}),
+        (large, torch.float64, 40, {}),  # activations above what is sent whole, and what one rank adds up for all
+    ]
+    for config, dtype, num_samples, options in runs:
+        models = [GPT(config, seed).to(dtype) for seed in (0, rank.index)]  # only rank 0's weights count
+        data = tokens(num_samples, config.context_length, 3 if config is small else 1)
+        results += cut(rank, *models, data, sequence_parallel=sequence_parallel, **options)
+    return [results, [message[:6] for message in rank.comm.ledger.messages]]
+
+
+def tokens(num_samples: int, length: int, num_batches: int = 3) -> list[Batch]:
+    draw = torch.randint(8, (num_batches, 2, num_samples, length), generator=torch.Generator().manual_seed(2))
+    return [(inputs, targets) for inputs, targets in draw]
+
+
+def cut(
+    rank: Rank, whole: nn.Module, mine: nn.Module, data: list[Batch], tolerance: float | None = None, **options: Any
+) -> list[str]:
+    """What `mine` came to when it was trained over the ranks, held to serial training of `whole`."""
+    engine = TensorParallel(mine, rank.comm, optimizer=OPTIMIZERS["sgd"], **options)
+    losses = [engine.step(batch) for batch in data]
+    gradients, weights = engine.full_gradients(), engine.full_state_dict()
+
+    serial_model = copy.deepcopy(whole)
+    of_outputs: Any = lambda y, targets: cross_entropy(getattr(y, "logits", y), targets)  # noqa: E731
+    serial = Serial(serial_model, OPTIMIZERS["sgd"](serial_model.parameters()), of_outputs, max_norm=engine.max_norm)
+    want = [serial.step(batch) for batch in data]
+    tolerance = tolerance or {torch.float64: 1e-10, torch.float32: 1e-5}[next(whole.parameters()).dtype]
+    assert losses == pytest.approx(want, abs=tolerance)
+    torch.testing.assert_close(weights, dict(serial_model.state_dict()), rtol=0, atol=tolerance)
+    for name, parameter in serial_model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=tolerance)
+    return [digest(torch.tensor(losses)), *map(digest, gradients.values()), *map(digest, weights.values())]
+
+
+def llama() -> nn.Module:
+    """Of Hugging Face; grouped key/value heads. Not to be made by ranks: it draws from the global generator."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.random.fork_rng():
+        model: nn.Module = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=8, intermediate_size=32, max_position_embeddings=8, **sizes)
+        )
+    seed_parameters(model)
+    return model
+
+
+def llama_in_tensors(rank: Rank, whole: nn.Module) -> list[Any]:
+    """`TensorParallel` of a Llama, by the plan that it carries."""
+    results: list[Any] = []
+    for dtype, sequence_parallel in itertools.product((torch.float64, torch.float32), (False, True)):
+        model = copy.deepcopy(whole).to(dtype)
+        options = {"sequence_parallel": sequence_parallel, "overlap": dtype == torch.float32}
+        results += cut(rank, model, model, tokens(5, 8), 1e-5, **options)  # its norms compute in float32
+    return [results, [message[:6] for message in rank.comm.ledger.messages]]
+
+
 def in_two_runs(world: ProcessWorld) -> Any:
     """A pipeline of one run of the world goes on in the next."""
     data, trained = batches(num_batches=4), serial_chain("sgd", 4, tied=True)
@@ -427,6 +497,9 @@ CHECKED: dict[str, Callable[[ProcessWorld], Any]] = {
     "data_parallel": lambda world: world.run(data_parallel)[0],
     "in_buckets": lambda world: world.run(in_buckets)[0],
     "in_shards": lambda world: world.run(in_shards)[0],
+    "tensor": lambda world: world.run(in_tensors, False)[0],
+    "tensor_sequence": lambda world: world.run(in_tensors, True)[0],
+    "tensor_llama": lambda world: world.run(llama_in_tensors, llama())[0],
     "in_two_runs": in_two_runs,
     "late_but_in_time": lambda world: world.run(late_but_in_time),
     "between_runs": lambda world: (world.run(between_runs), world.run(between_runs), SEEN.get("received"))[2],

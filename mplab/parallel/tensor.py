@@ -26,7 +26,13 @@ from mplab.parallel.shares import check_same_rank, check_training
 from mplab.parallel.tensor_layers import ColumnParallelLinear
 from mplab.parallel.tensor_model import connect, tensor_parallel
 from mplab.parallel.tensor_plan import matches, tensor_plan
-from mplab.parallel.tensor_state import full_gradients, full_state_dict, load_full_state_dict, sum_partial_gradients
+from mplab.parallel.tensor_state import (
+    full_gradients,
+    full_state_dict,
+    load_full_state_dict,
+    partial_parameters,
+    sum_gradients,
+)
 from mplab.parallel.vocab import vocab_parallel_cross_entropy
 from mplab.private import norms
 
@@ -69,7 +75,7 @@ class TensorParallel:
         check_agreement(comm, {"num_microbatches": num_microbatches, "max_norm": max_norm})
         self.comm, self.num_microbatches, self.max_norm = comm, num_microbatches, max_norm
         self.model = tensor_parallel(model, comm, plan, sequence_parallel, overlap)
-        self._loss_fn, self._cuts = loss_fn, cuts_of(self.model)
+        self._loss_fn, self._cuts, self._partial = loss_fn, cuts_of(self.model), partial_parameters(self.model)
         self._names = {p: name for name, p in self.model.named_parameters()}
         self._has_cut_logits = _has_cut_logits(self.model, tensor_plan(model) if plan is None else plan)
         if self._has_cut_logits and not (loss_fn is cross_entropy or _is_vocab_parallel(loss_fn)):
@@ -130,7 +136,7 @@ class TensorParallel:
             NonFiniteGradient: a gradient of this rank has a NaN or an Inf.
 
         **Communication**: that of a forward and backward for each micro-batch (`mplab.plan.tensor`); then
-        `sum_partial_gradients`, and with `max_norm` an all_reduce_ of 8 bytes. In the first step all_gather of 8 bytes.
+        `sum_gradients`, and with `max_norm` an all_reduce_ of 8 bytes. In the first step all_gather of 8 bytes.
         """
         num_samples = check_batch(batch, self.num_microbatches)
         if not self.num_steps:
@@ -146,7 +152,7 @@ class TensorParallel:
             with span("backward", microbatch):
                 loss.backward()
             losses.append(loss.detach())
-        sum_partial_gradients(self.model, self.comm)
+        sum_gradients(self._partial, self.comm)
         self._check_and_clip()
         with span("update"):
             self.optimizer.step()

@@ -44,7 +44,7 @@ def tensor_parallel(
         comm: this rank's communicator on the tensor axis.
         plan: from patterns of module names to styles (`mplab.parallel.tensor_plan`); None: the model's own.
         sequence_parallel: what is not cut (norms, dropout, residuals) works on 1/n of the sequence, and every
-            all-reduce is a reduce-scatter and an all-gather. `sum_partial_gradients` after each backward.
+            all-reduce is a reduce-scatter and an all-gather. Gradients of `partial_parameters` need `sum_gradients`.
         overlap: send the gradient of a column-parallel layer's input while those of weights are computed.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +25,34 @@ def broadcast_whole(model: nn.Module, comm: Communicator) -> None:
             tensor.copy_(comm.broadcast(tensor))
 
 
-def sum_partial_gradients(model: nn.Module, comm: Communicator) -> None:
-    """Add up, over all ranks, the gradients of parameters that each rank has whole and used for its own part.
+def partial_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that each rank has whole and uses for its own part of the work, so that its gradient is a part.
 
     With sequence parallelism these are all that are not cut; else those of the style "partial" alone.
 
     Args:
         model: what `tensor_parallel` gave.
-        comm: this rank's communicator on the tensor axis.
-
-    **Communication**: one all_reduce_coalesced_ for each dtype.
     """
     cuts = cuts_of(model)
-    partial_ones = {
+    found = {
         p: None
         for module in model.modules()
         if getattr(module, "has_partial_gradients", False)
         for p in module.parameters(recurse=False)
-        if p not in cuts and p.grad is not None
+        if p not in cuts
     }
+    return list(found)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], comm: Communicator) -> None:
+    """Add up, over all ranks, the gradients of `partial_parameters`: after each backward, or after several.
+
+    **Communication**: one all_reduce_coalesced_ for each dtype.
+    """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for p in partial_ones:
-        assert p.grad is not None
+    for p in parameters:
+        if p.grad is None:
+            continue
         if is_shared(p.grad):  # in place, another gradient in the same memory would be counted twice
             p.grad = p.grad.clone()
         by_dtype.setdefault(p.grad.dtype, []).append(p.grad)

@@ -89,7 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
         if targets.device.type != "cpu":
             losses = losses.where(_are_classes(targets, num_classes, ignore_index), torch.nan)
         counted = targets != ignore_index
-        weights = counted / counted.sum()
+        weights = counted.to(x.dtype) / counted.sum()
         ctx.save_for_backward(log_shares, log_sum - log_total, own, is_here, weights)
         ctx.smoothing, ctx.num_classes, ctx.dtype = smoothing, num_classes, logits.dtype
         return losses.where(counted, 0.0).sum() / counted.sum()
