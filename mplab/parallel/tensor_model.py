@@ -191,7 +191,7 @@ class _Gather:
 
 def _check_dropout(model: nn.Module) -> None:
     config = getattr(model, "config", None)
-    for name in ATTENTION_DROPOUTS:
+    for name in ATTENTION_DROPOUTS if model.training else ():
         if getattr(config, name, 0):
             raise MplabError(
                 f"config.{name} is {getattr(config, name)}: attention would draw its mask from the generator that all "
