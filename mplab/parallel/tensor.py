@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from mplab.parallel.cut import cuts_of
 from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.serial import LossFunction, check_batch
 from mplab.parallel.shares import check_same_rank, check_training
-from mplab.parallel.tensor_layers import ColumnParallelLinear
+from mplab.parallel.tensor_layers import is_linear
 from mplab.parallel.tensor_model import connect, tensor_parallel
 from mplab.parallel.tensor_plan import matches, tensor_plan
 from mplab.parallel.tensor_state import (
@@ -77,13 +78,7 @@ class TensorParallel:
         self.model = tensor_parallel(model, comm, plan, sequence_parallel, overlap)
         self._loss_fn, self._cuts, self._partial = loss_fn, cuts_of(self.model), partial_parameters(self.model)
         self._names = {p: name for name, p in self.model.named_parameters()}
-        self._has_cut_logits = _has_cut_logits(self.model, tensor_plan(model) if plan is None else plan)
-        if self._has_cut_logits and not (loss_fn is cross_entropy or _is_vocab_parallel(loss_fn)):
-            raise MplabError(
-                "the plan leaves the logits cut over the ranks, and this loss_fn would take a rank's part for all of "
-                'them: say "column_gather" in place of "vocab" for the layer that gives them, or take '
-                "partial(vocab_parallel_cross_entropy, comm=comm) as loss_fn"
-            )
+        self._has_cut_logits = has_cut_logits(model, tensor_plan(model) if plan is None else plan, loss_fn)
         self.optimizer = optimizer(self.model.parameters())
         self.num_steps = 0
 
@@ -112,7 +107,7 @@ class TensorParallel:
 
         **Communication**: none.
         """
-        load_full_state_dict(self.model, state)
+        load_full_state_dict(self.model, self.comm, state)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The gradients of the last step as the whole model has them, by name, on every rank; after clipping.
@@ -148,7 +143,9 @@ class TensorParallel:
         for j, (part_inputs, part_targets) in enumerate(parts):
             microbatch = j if self.num_microbatches > 1 else None
             with span("forward", microbatch):
-                loss = self._loss(part_inputs, part_targets) * (len(part_inputs) / num_samples)
+                outputs = self.model(part_inputs)
+                loss = parallel_loss(outputs, part_targets, self._loss_fn, self.comm, self._has_cut_logits)
+                loss = loss * (len(part_inputs) / num_samples)
             with span("backward", microbatch):
                 loss.backward()
             losses.append(loss.detach())
@@ -158,15 +155,6 @@ class TensorParallel:
             self.optimizer.step()
         self.num_steps += 1
         return float(torch.stack(losses).sum())
-
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        outputs = self.model(inputs)
-        if self._loss_fn is not cross_entropy:
-            return self._loss_fn(outputs, targets)
-        logits = getattr(outputs, "logits", outputs)
-        if self._has_cut_logits:
-            return vocab_parallel_cross_entropy(logits, targets, self.comm)
-        return cross_entropy(logits, targets)
 
     def _check_and_clip(self) -> None:
         """Refuse a NaN before any weight of this rank is changed; scale down a gradient that is too long."""
@@ -190,14 +178,31 @@ class TensorParallel:
                 p.grad.mul_(scale)
 
 
-def _has_cut_logits(model: nn.Module, plan: Mapping[str, str]) -> bool:
-    """Whether a linear layer has the style "vocab"."""
-    linear = [path for path, module in model.named_modules() if isinstance(module, ColumnParallelLinear)]
-    return any(style == "vocab" and matches(pattern, path) for pattern, style in plan.items() for path in linear)
+def has_cut_logits(model: nn.Module, plan: Mapping[str, str], loss_fn: LossFunction) -> bool:
+    """Whether the plan leaves the logits cut over the ranks: a linear layer has the style "vocab".
+
+    Raises:
+        MplabError: it does, and the loss is none that can work with that.
+    """
+    linear = [path for path, module in model.named_modules() if is_linear(module)]
+    if not any(style == "vocab" and matches(pattern, path) for pattern, style in plan.items() for path in linear):
+        return False
+    is_vocab_parallel = isinstance(loss_fn, partial) and loss_fn.func is vocab_parallel_cross_entropy
+    if loss_fn is not cross_entropy and not is_vocab_parallel:
+        raise MplabError(
+            "the plan leaves the logits cut over the ranks, and this loss_fn would take a rank's part for all of them: "
+            'say "column_gather" in place of "vocab" for the layer that gives them, or take '
+            "partial(vocab_parallel_cross_entropy, comm=comm) as loss_fn"
+        )
+    return True
 
 
-def _is_vocab_parallel(loss_fn: object) -> bool:
-    return isinstance(loss_fn, partial) and loss_fn.func is vocab_parallel_cross_entropy
+def parallel_loss(outputs: Any, targets: Tensor, loss_fn: LossFunction, comm: Communicator, is_cut: bool) -> Tensor:
+    """The loss of outputs, or with `cross_entropy` of their `logits`, which may be cut over the ranks."""
+    if loss_fn is not cross_entropy:
+        return loss_fn(outputs, targets)
+    logits: Tensor = getattr(outputs, "logits", outputs)
+    return vocab_parallel_cross_entropy(logits, targets, comm) if is_cut else cross_entropy(logits, targets)
 
 
 def _digest(batch: Batch) -> str:

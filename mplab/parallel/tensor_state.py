@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mplab.comm.communicator import Communicator
 from mplab.errors import MplabError
-from mplab.parallel.cut import ParallelLayer, cuts_of
+from mplab.parallel.cut import cuts_of
 from mplab.private import is_shared
 
 
@@ -90,11 +90,12 @@ def _merge(
     return {name: merged[tensor] for name, tensor in tensors.items()}
 
 
-def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_full_state_dict(model: nn.Module, comm: Communicator, state: Mapping[str, Tensor]) -> None:
     """Load an ordinary `state_dict` of the whole model, saved with any number of ranks: each takes its parts.
 
     Args:
         model: what `tensor_parallel` gave.
+        comm: this rank's communicator.
         state: the same on every rank.
 
     Raises:
@@ -103,7 +104,6 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     **Communication**: none.
     """
     cuts = cuts_of(model)
-    comm = next(module.comm for module in model.modules() if isinstance(module, ParallelLayer))
     own = model.state_dict(keep_vars=True)
     if missing := own.keys() ^ state.keys():
         raise MplabError(f"the state has not the model's names, which differ in {sorted(missing)[:5]}: load its own")
