@@ -94,9 +94,11 @@ def chain(model: nn.Module) -> list[Layer]:
     embedding = parts(*(prefix + path for path in family.embedding))
     chain = [Layer("embedding", embedding, partial(family.run_embedding, config=config))]
     shared = [prefix + family.rotary] if family.rotary else []
+    num_parts = getattr(model, "num_sequence_parts", 1)  # of which each later block gets one
     for index in range(config.num_hidden_layers):
         path = f"{prefix}{family.blocks}.{index}"
-        chain.append(Layer(path, parts(path, *shared), partial(family.run_block, config=config)))
+        run = partial(family.run_block, config=config, num_parts=num_parts if index else 1)
+        chain.append(Layer(path, parts(path, *shared), run))
     last = [*([prefix + family.norm] if family.norm else []), *head]
     if last:
         chain.append(Layer("head", parts(*last)))
@@ -162,11 +164,11 @@ def _length(tokens: Tensor, longest: int | None) -> int:
     return length
 
 
-def _mask(x: Tensor, config: Any) -> Tensor | None:
+def _mask(x: Tensor, config: Any, num_parts: int) -> Tensor | None:
     """What keeps a block causal: a mask (1, 1, T, T) to add to the scores; sdpa is causal where there is none."""
     if config._attn_implementation != "eager":
         return None
-    length = x.shape[1]
+    length = x.shape[1] * num_parts
     return x.new_full((length, length), torch.finfo(x.dtype).min).triu(1)[None, None]
 
 
@@ -183,9 +185,9 @@ def _gpt2_embedding(parts: dict[str, nn.Module], tokens: Tensor, config: Any) ->
     return x
 
 
-def _gpt2_block(parts: dict[str, nn.Module], x: Tensor, config: Any) -> Tensor:
+def _gpt2_block(parts: dict[str, nn.Module], x: Tensor, config: Any, num_parts: int) -> Tensor:
     (block,) = parts.values()
-    return _hidden(block(x, attention_mask=_mask(x, config), use_cache=False))
+    return _hidden(block(x, attention_mask=_mask(x, config, num_parts), use_cache=False))
 
 
 def _llama_embedding(parts: dict[str, nn.Module], tokens: Tensor, config: Any) -> Tensor:
@@ -195,12 +197,18 @@ def _llama_embedding(parts: dict[str, nn.Module], tokens: Tensor, config: Any) -
     return x
 
 
-def _llama_block(parts: dict[str, nn.Module], x: Tensor, config: Any) -> Tensor:
+def _llama_block(parts: dict[str, nn.Module], x: Tensor, config: Any, num_parts: int) -> Tensor:
     block, rotary = parts.values()
-    places = torch.arange(x.shape[1], device=x.device)[None]
+    places = torch.arange(x.shape[1] * num_parts, device=x.device)[None]
     rotations = rotary(x, position_ids=places)
     return _hidden(
-        block(x, attention_mask=_mask(x, config), position_ids=places, position_embeddings=rotations, use_cache=False)
+        block(
+            x,
+            attention_mask=_mask(x, config, num_parts),
+            position_ids=places,
+            position_embeddings=rotations,
+            use_cache=False,
+        )
     )
 
 
@@ -211,9 +219,9 @@ def _bert_embedding(parts: dict[str, nn.Module], tokens: Tensor, config: Any) ->
     return x
 
 
-def _bert_block(parts: dict[str, nn.Module], x: Tensor, config: Any) -> Tensor:
+def _bert_block(parts: dict[str, nn.Module], x: Tensor, config: Any, num_parts: int) -> Tensor:
     (block,) = parts.values()
-    return _hidden(block(x, _mask(x, config) if config.is_decoder else None))
+    return _hidden(block(x, _mask(x, config, num_parts) if config.is_decoder else None))
 
 
 FAMILIES = {

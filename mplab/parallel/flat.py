@@ -69,6 +69,10 @@ class Flat:
             place += length
         self._piece_lengths = [piece.numel() for piece in self.pieces]
 
+    def owned(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Each parameter that lies in this rank's chunk, and the piece of it that does."""
+        return [(self.parameters[index], piece) for index, piece in zip(self._index_of, self.pieces, strict=True)]
+
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def allocate(self) -> None:

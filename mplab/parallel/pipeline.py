@@ -89,7 +89,7 @@ class PipelineParallel:
         self._keys = [layer.state_keys() for layer in self._layers]
         self.cuts = self._check_cuts(cuts)
         if recompute:
-            _refuse_recomputation(model)
+            refuse_recomputation(model)
         check_agreement(
             comm,
             {
@@ -244,7 +244,7 @@ _DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 _NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
 
 
-def _refuse_recomputation(model: nn.Module) -> None:
+def refuse_recomputation(model: nn.Module) -> None:
     """Of what does something else, or once more, when it is computed again."""
     for name, module in model.named_modules():
         if not module.training:

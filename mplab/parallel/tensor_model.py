@@ -83,6 +83,8 @@ def tensor_parallel(
     broadcast_whole(parallel, comm)
     for path, module in parallel.named_modules():
         maker.fit(path, module)
+    if sequence_parallel:
+        parallel.num_sequence_parts = comm.size  # type: ignore[assignment]  # for `mplab.models.layers`
     return parallel
 
 

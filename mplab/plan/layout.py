@@ -51,8 +51,6 @@ class Plan:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.cuts, list):  # as JSON has it
-            object.__setattr__(self, "cuts", tuple(self.cuts))
         refuse(self._faults(), "this plan can't be")
 
     @property
@@ -128,6 +126,8 @@ class Plan:
         if not isinstance(values, dict) or (unknown := sorted(values.keys() - set(names))):
             what = f"has not {unknown}" if isinstance(values, dict) else f"is no {type(values).__name__}"
             raise MplabError(f"a plan {what}: give a JSON object with some of {', '.join(names)}")
+        if isinstance(values.get("cuts"), list):
+            values["cuts"] = tuple(values["cuts"])
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
