@@ -62,6 +62,12 @@ def cuts_of(model: nn.Module) -> dict[Tensor, Cut]:
     }
 
 
+def cuts_by_name(model: nn.Module) -> dict[str, Cut]:
+    """The same by the parameters' names, every name of a tied one."""
+    cuts = cuts_of(model)
+    return {name: cuts[p] for name, p in model.named_parameters(remove_duplicate=False) if p in cuts}
+
+
 class TensorAxis:
     """Where all cut layers of one model find this rank's communicator: another run of the world gives them its own."""
 

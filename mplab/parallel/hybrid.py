@@ -21,6 +21,7 @@ from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.pipeline import OptimizerFactory, refuse_recomputation
 from mplab.parallel.replicas import Replicas
 from mplab.parallel.serial import LossFunction, check_batch
+from mplab.parallel.sharded_replicas import ShardedReplicas
 from mplab.parallel.shares import broadcast_state, check_same_rank, check_training, described
 from mplab.parallel.tensor import has_cut_logits, parallel_loss
 from mplab.parallel.tensor_model import connect, tensor_parallel
@@ -90,6 +91,12 @@ class HybridParallel:
         cut = model
         if plan.tp > 1:
             cut = tensor_parallel(model, self.axes.tp, tensor_plan, plan.sequence_parallel)
+        self._sharded: ShardedReplicas | None = None
+        if plan.zero > 1:
+            self._sharded = ShardedReplicas(
+                cut, self.axes, plan.zero, self._loss, optimizer, plan.num_microbatches, max_norm
+            )
+            return
         self.stages, self._rank_of = self._make_stages(cut)
         self._splits = {
             s: SplitBackward(stage)
@@ -145,6 +152,9 @@ class HybridParallel:
         """
         check_same_rank(comm, self.comm)
         self.comm, self.axes = comm, Mesh(self.plan.dp, self.plan.pp, self.plan.tp).connect(comm)
+        if self._sharded is not None:
+            self._sharded.connect_axes(self.axes)
+            return
         for stage in self.stages.values():
             connect(stage, self.axes.tp)
         self.replicas.comm = self.axes.dp
@@ -157,7 +167,7 @@ class HybridParallel:
 
         **Communication**: an all_gather of each parameter that is cut, a broadcast of all of a stage.
         """
-        return self._collect(full_state_dict, self._rank_of)
+        return self._collect(full_state_dict) if self._sharded is None else self._sharded.full_state_dict()
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The gradients of the last step as the whole model has them, by name, on every rank; after clipping.
@@ -169,13 +179,11 @@ class HybridParallel:
         """
         if self.plan.zero:
             raise MplabError(f"zero={self.plan.zero}: no rank keeps whole gradients; look at them with zero=0")
-        return self._collect(full_gradients, self._rank_of)
+        return self._collect(full_gradients)
 
-    def _collect(
-        self, whole: Callable[[nn.Module, Communicator], dict[str, Tensor]], rank_of: Mapping[str, int]
-    ) -> dict[str, Tensor]:
+    def _collect(self, whole: Callable[[nn.Module, Communicator], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `whole` gives for each stage, of all stages."""
-        pp = self.axes.pp
+        pp, rank_of = self.axes.pp, self._rank_of
         mine: dict[str, Tensor] = {}
         for stage in self.stages.values():
             mine |= whole(stage, self.axes.tp)
@@ -196,6 +204,9 @@ class HybridParallel:
 
         **Communication**: none.
         """
+        if self._sharded is not None:
+            self._sharded.load_full_state_dict(state)
+            return
         if state.keys() != self._rank_of.keys():
             other = sorted(state.keys() ^ self._rank_of.keys())[:5]
             raise MplabError(f"the state has not the model's names, which differ in {other}: load its own")
@@ -229,6 +240,9 @@ class HybridParallel:
                 f"a batch of {num_samples} samples for {self.plan.dp} replicas with {num_parts} micro-batches each: "
                 f"every micro-batch needs one sample or more; take {needed} samples or more, or fewer micro-batches"
             )
+        if self._sharded is not None:
+            self.num_steps += 1
+            return self._sharded.step(batch)
         inputs, targets = (tensor.to(self.comm.device) for tensor in shard(batch, self.axes.dp))
         last = self.schedule.num_stages - 1
         interpreter = Interpreter(
@@ -289,6 +303,8 @@ def check_plan(
             )
 
     def stages() -> None:
+        if plan.zero > 1:
+            layers(model)
         if plan.pp > 1:
             stage_cuts(layers(model), plan)
 

@@ -338,19 +338,24 @@ class ShardedDataParallel:
         for flat in self._trained:
             flat.put_gradients([place + index not in by_nobody for index in range(len(flat.parameters))])
             place += len(flat.parameters)
-        if self.max_norm is not None:
-            self._clip(self.max_norm)
+        self._finish_gradients()
         return mean
 
-    def _clip(self, max_norm: float) -> None:
-        """As `nn.utils.clip_grad_norm_`, of a gradient whose chunks lie on all ranks."""
+    def _finish_gradients(self) -> None:
+        """Clip, as `nn.utils.clip_grad_norm_`, a gradient whose chunks lie on all ranks."""
+        if self.max_norm is None:
+            return
+        scale = self.max_norm / (float(self._squares().sqrt()) + 1e-6)
+        if scale < 1:
+            for flat in self._trained:
+                if flat.gradient is not None:
+                    flat.gradient.mul_(scale)
+
+    def _squares(self) -> Tensor:
+        """The squared norm of the gradient, one element."""
         chunks = [flat.gradient for flat in self._trained if flat.gradient is not None]
         norms = torch.stack([torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in chunks])
-        squares = self.comm.all_reduce_(norms.square().sum().reshape(1))
-        scale = max_norm / (float(squares.sqrt()) + 1e-6)
-        if scale < 1:
-            for chunk in chunks:
-                chunk.mul_(scale)
+        return self.comm.all_reduce_(norms.square().sum().reshape(1))
 
 
 def _refuse_call(model: nn.Module, inputs: object) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from mplab.comm.communicator import Communicator
 from mplab.errors import MplabError
-from mplab.parallel.cut import cuts_of
+from mplab.parallel.cut import Cut, cuts_by_name, cuts_of
 from mplab.private import is_shared
 
 
@@ -65,7 +65,7 @@ def full_state_dict(model: nn.Module, comm: Communicator) -> dict[str, Tensor]:
 
     **Communication**: an all_gather of each parameter that is cut.
     """
-    return _merge(model, model.state_dict(keep_vars=True), comm, lambda tensor: tensor.detach())
+    return merge(model.state_dict(keep_vars=True), cuts_by_name(model), comm)
 
 
 def full_gradients(model: nn.Module, comm: Communicator) -> dict[str, Tensor]:
@@ -74,20 +74,36 @@ def full_gradients(model: nn.Module, comm: Communicator) -> dict[str, Tensor]:
     **Communication**: an all_gather of each parameter that is cut.
     """
     trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return _merge(model, trained, comm, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+    grads = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in trained.values()}
+    return merge({name: grads[p] for name, p in trained.items()}, cuts_by_name(model), comm)
 
 
-def _merge(
-    model: nn.Module, tensors: Mapping[str, Tensor], comm: Communicator, of: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """What `of` gives for each tensor of a model that is cut, whole."""
-    cuts = cuts_of(model)
-    merged: dict[Tensor, Tensor] = {}  # tied ones once
-    for tensor in tensors.values():
-        if tensor not in merged:
-            cut = cuts.get(tensor)
-            merged[tensor] = of(tensor).clone() if cut is None else cut.merge(of(tensor), comm)
-    return {name: merged[tensor] for name, tensor in tensors.items()}
+def merge(parts: Mapping[str, Tensor], cuts: Mapping[str, Cut], comm: Communicator) -> dict[str, Tensor]:
+    """What this rank has by name, whole: as copies, one for what has several names."""
+    whole: dict[Tensor, Tensor] = {}
+    for name, part in parts.items():
+        if part not in whole:
+            x, cut = part.detach(), cuts.get(name)
+            whole[part] = x.clone() if cut is None else cut.merge(x, comm)
+    return {name: whole[part] for name, part in parts.items()}
+
+
+def split(state: Mapping[str, Tensor], cuts: Mapping[str, Cut], comm: Communicator) -> dict[str, Tensor]:
+    """This rank's part of what is whole, by name.
+
+    Raises:
+        MplabError: a size that the number of ranks does not divide.
+    """
+    parts = {}
+    for name, whole in state.items():
+        cut = cuts.get(name)
+        if cut is not None and (whole.dim() <= cut.dim or whole.shape[cut.dim] % (comm.size * cut.num_parts)):
+            raise MplabError(
+                f"{name} of shape {tuple(whole.shape)} can't be cut along dim {cut.dim} for {comm.size} ranks: load "
+                "the state of a model of the same sizes"
+            )
+        parts[name] = whole if cut is None else cut.part(whole, comm.rank, comm.size)
+    return parts
 
 
 def load_full_state_dict(model: nn.Module, comm: Communicator, state: Mapping[str, Tensor]) -> None:
@@ -103,20 +119,16 @@ def load_full_state_dict(model: nn.Module, comm: Communicator, state: Mapping[st
 
     **Communication**: none.
     """
-    cuts = cuts_of(model)
     own = model.state_dict(keep_vars=True)
-    if missing := own.keys() ^ state.keys():
-        raise MplabError(f"the state has not the model's names, which differ in {sorted(missing)[:5]}: load its own")
+    if other := sorted(own.keys() ^ state.keys()):
+        raise MplabError(f"the state has not the model's names, which differ in {other[:5]}: load its own")
+    parts = split(state, cuts_by_name(model), comm)
     for name, tensor in own.items():
-        shape = list(tensor.shape)
-        if tensor in cuts:
-            shape[cuts[tensor].dim] *= comm.size
-        if list(state[name].shape) != shape:
+        if parts[name].shape != tensor.shape:
             raise MplabError(
-                f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(shape)} in the model: load the "
-                "state of a model of the same sizes"
+                f"{name} has shape {tuple(parts[name].shape)} on a rank by the state, and {tuple(tensor.shape)} in the "
+                "model: load the state of a model of the same sizes"
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            cut = cuts.get(tensor)
-            tensor.copy_(state[name] if cut is None else cut.part(state[name], comm.rank, comm.size))
+            tensor.copy_(parts[name])
