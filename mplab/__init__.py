@@ -7,6 +7,7 @@ from mplab.errors import Deadlock as Deadlock
 from mplab.errors import MplabError as MplabError
 from mplab.errors import PeerFailure as PeerFailure
 from mplab.plan.cost import Link as Link
+from mplab.plan.layout import Plan as Plan
 from mplab.trace.event import Event as Event
 from mplab.trace.timeline import Timeline as Timeline
 from mplab.world.probe import Probe as Probe

@@ -1,7 +1,9 @@
 """The strategies: every one of them trains as `Serial` does. What their steps should take, and took."""
 
 from mplab.parallel.data import DataParallel
+from mplab.parallel.hybrid import HybridParallel
 from mplab.parallel.naive_data import naive_data_parallel, parameter_server, scatter_gather
+from mplab.parallel.parallelize import Parallelized, parallelize
 from mplab.parallel.pipeline import PipelineParallel
 from mplab.parallel.predict import Predictor
 from mplab.parallel.profile import profile_layers
@@ -16,6 +18,8 @@ from mplab.parallel.vocab import vocab_parallel_cross_entropy
 __all__ = [
     "ColumnParallelLinear",
     "DataParallel",
+    "HybridParallel",
+    "Parallelized",
     "PipelineParallel",
     "Predictor",
     "RowParallelLinear",
@@ -24,6 +28,7 @@ __all__ = [
     "TensorParallel",
     "VocabParallelEmbedding",
     "naive_data_parallel",
+    "parallelize",
     "parameter_server",
     "profile_layers",
     "scatter_gather",
