@@ -34,3 +34,7 @@ class CommTimeout(CommError):
 
 class NonFiniteGradient(MplabError):
     """A gradient has a NaN or an Inf; raised before it reached any other rank, and before any weight was changed."""
+
+
+class CheckpointError(MplabError):
+    """A checkpoint that is damaged, incomplete, or none; nothing was loaded from it."""

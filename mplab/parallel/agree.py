@@ -29,9 +29,7 @@ def check_agreement(comm: Communicator, settings: Mapping[str, Any]) -> None:
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
     if len(set(comm.all_gather(torch.tensor([digest], device=comm.device)).tolist())) == 1:
         return
-    lengths = comm.all_gather(torch.tensor([len(text)], device=comm.device)).tolist()
-    texts = comm.all_gather(torch.tensor(list(text), dtype=torch.uint8, device=comm.device)).split(lengths)
-    of_ranks = [json.loads(bytes(part.tolist())) for part in texts]
+    of_ranks = exchange(settings, comm)
     lines = ["the ranks were given different settings, and must be given the same:"]
     for name in settings:
         values = [of_rank.get(name) for of_rank in of_ranks]
@@ -41,6 +39,20 @@ def check_agreement(comm: Communicator, settings: Mapping[str, Any]) -> None:
                 values = [{key: v for key, v in value.items() if key not in same} for value in values]
             lines += [f"  {name} on rank {rank}: {_short(value)}" for rank, value in enumerate(values)]
     raise MplabError("\n".join(lines))
+
+
+def exchange(said: Any, comm: Communicator) -> list[Any]:
+    """What each rank says, on every rank.
+
+    Args:
+        said: what JSON can write.
+        comm: their communicator.
+
+    **Communication**: two all_gathers: 8 bytes, and the text.
+    """
+    text = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8).to(comm.device)
+    lengths = comm.all_gather(torch.tensor([len(text)], device=comm.device)).tolist()
+    return [json.loads(bytes(part.tolist())) for part in comm.all_gather(text).split(lengths)]
 
 
 def _short(value: Any) -> str:

@@ -58,6 +58,7 @@ class Flat:
         """Make what the optimizer gets: of every trained parameter the part that lies in this rank's chunk."""
         self.pieces: list[nn.Parameter] = []
         self._index_of: list[int] = []  # in `parameters`
+        self.ranges: list[tuple[int, int]] = []  # of each piece, among its parameter's elements
         lengths = chunk_lengths(self.whole.numel(), num_ranks)
         start = sum(lengths[:rank])
         end, place = start + lengths[rank], 0
@@ -66,12 +67,21 @@ class Flat:
             if low < high and p.requires_grad:
                 self.pieces.append(nn.Parameter(self.chunk[low - start : high - start]))
                 self._index_of.append(index)
+                self.ranges.append((low - place, high - place))
             place += length
         self._piece_lengths = [piece.numel() for piece in self.pieces]
 
     def owned(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Each parameter that lies in this rank's chunk, and the piece of it that does."""
         return [(self.parameters[index], piece) for index, piece in zip(self._index_of, self.pieces, strict=True)]
+
+    def slices(self) -> list[tuple[str, nn.Parameter, torch.Size, nn.Parameter | None, tuple[int, int]]]:
+        """Of each parameter: name, itself, shape, this rank's piece, and which of its elements that is."""
+        of = {i: (piece, bounds) for i, piece, bounds in zip(self._index_of, self.pieces, self.ranges, strict=True)}
+        return [
+            (name, p, view.shape, *of.get(i, (None, (0, 0))))
+            for i, (name, p, view) in enumerate(zip(self.names, self.parameters, self.views, strict=True))
+        ]
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from mplab.errors import MplabError
 from mplab.models import Layer, Stage, cross_entropy, layers, tied_names
 from mplab.parallel.agree import check_agreement
 from mplab.parallel.backward import SplitBackward
-from mplab.parallel.cut import cuts_of
+from mplab.parallel.cut import Cut, cuts_by_name, cuts_of
 from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.pipeline import OptimizerFactory, refuse_recomputation
 from mplab.parallel.replicas import Replicas
@@ -35,6 +35,7 @@ from mplab.parallel.tensor_state import (
     sum_gradients,
 )
 from mplab.parallel.tied import TiedWeights
+from mplab.parallel.whole_state import Slice
 from mplab.plan.layout import Plan, refuse
 from mplab.plan.partition import by_parameters, check_cuts, stage_bounds
 from mplab.plan.schedule import build
@@ -82,6 +83,9 @@ class HybridParallel:
             comm, {"plan": plan.to_json(), "max_norm": max_norm, "tensor_plan": tensor_plan, **described(model)}
         )
         self.plan, self.loss_fn, self.max_norm, self.num_steps = plan, loss_fn, max_norm, 0
+        first_names = {p: name for name, p in model.named_parameters()}
+        self.names = set(model.state_dict())
+        self.tied = {name: first_names[p] for name, p in model.named_parameters(remove_duplicate=False)}
         self.comm, self.axes = comm, Mesh(plan.dp, plan.pp, plan.tp).connect(comm)
         self.schedule = build(plan.schedule, plan.pp, plan.num_microbatches)
 
@@ -212,6 +216,38 @@ class HybridParallel:
             raise MplabError(f"the state has not the model's names, which differ in {other}: load its own")
         for stage in self.stages.values():
             load_full_state_dict(stage, self.axes.tp, {key: state[key] for key in stage.state_dict()})
+
+    def local_state(self) -> dict[str, Tensor]:
+        """What this rank has of the whole `state_dict`: its stages, as they are cut over the tensor axis."""
+        if self._sharded is not None:
+            return self._sharded.local_state()
+        return {key: x for stage in self.stages.values() for key, x in stage.state_dict(keep_vars=True).items()}
+
+    def load_local_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `local_state` gave."""
+        if self._sharded is not None:
+            self._sharded.load_local_state(state)
+            return
+        with torch.no_grad():
+            for key, x in self.local_state().items():
+                x.copy_(state[key])
+
+    def local_cuts(self) -> dict[str, Cut]:
+        """How what this rank has is cut over the tensor axis, by name."""
+        modules = [self._sharded.model] if self._sharded is not None else self.stages.values()
+        return {name: cut for module in modules for name, cut in cuts_by_name(module).items()}
+
+    def slices(self) -> list[Slice]:
+        """What this rank updates of each parameter."""
+        if self._sharded is not None:
+            return self._sharded.slices()
+        cuts = {p: cut for stage in self.stages.values() for p, cut in cuts_of(stage).items()}
+        return self.replicas.slices(cuts)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Of what this rank updates; None where that is nothing."""
+        return self.replicas.optimizer if self._sharded is None else self._sharded.optimizer
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mplab.datasets import Batch
 from mplab.models import cross_entropy
+from mplab.parallel import checkpoint
 from mplab.parallel.hybrid import HybridParallel, check_plan
 from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.serial import LossFunction
@@ -106,6 +108,27 @@ class Parallelized:
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load a whole model's `state_dict`, saved under any plan; the optimizer's state stays."""
         self._run(lambda engine: engine.load_full_state_dict(state))
+
+    def save(self, root: str | Path, position: Mapping[str, Any] | None = None) -> Path:
+        """Write a checkpoint to `root/step-...`, as `mplab.parallel.checkpoint.save` does.
+
+        Args:
+            root: the folder of all checkpoints.
+            position: where the data is, and whatever else must be known to go on; what JSON can write.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        return self._run(lambda engine: checkpoint.save(engine, root, position))
+
+    def load(self, root: str | Path) -> dict[str, Any]:
+        """Go on where the newest checkpoint in `root` was saved, under whatever plan; returns the position."""
+        return self._run(lambda engine: checkpoint.load(engine, root))
+
+    @property
+    def num_steps(self) -> int:
+        """Updates so far, those before a checkpoint included."""
+        return next(iter(self.engines.values())).num_steps
 
     def _run(self, call: Callable[[HybridParallel], T]) -> T:
         """What all ranks get from their engines, which is the same."""

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from mplab.comm.communicator import Communicator
 from mplab.errors import NonFiniteGradient
 from mplab.parallel.buckets import Reducer
+from mplab.parallel.cut import Cut
 from mplab.parallel.data import BUCKET_BYTES
 from mplab.parallel.flat import Flat
 from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.shares import start_close
+from mplab.parallel.whole_state import Slice, slices_of
 
 
 class Replicas:
@@ -34,14 +36,14 @@ class Replicas:
     ) -> None:
         self.comm = comm
         trained = {name: p for name, p in named.items() if p.requires_grad}
-        self._trained = list(trained.values())
+        self._trained, self._names = list(trained.values()), {p: name for name, p in trained.items()}
         self._flats: list[Flat] = []
         if is_sharded:
             for dtype in dict.fromkeys(p.dtype for p in self._trained):
                 of_dtype = {name: p for name, p in trained.items() if p.dtype == dtype}
                 self._flats.append(Flat(of_dtype, comm.rank, comm.size, is_sharded=False))
             self._trained = [p for flat in self._flats for p in flat.parameters]
-        self._reducer = Reducer({p: name for name, p in trained.items()}, BUCKET_BYTES, overlap=False)
+        self._reducer = Reducer(self._names, BUCKET_BYTES, overlap=False)
         pieces = [piece for flat in self._flats for piece in flat.pieces] if is_sharded else self._trained
         self.optimizer = optimizer(pieces) if pieces else None
 
@@ -113,6 +115,12 @@ class Replicas:
             for p, piece in flat.owned():
                 if piece.grad is not None:
                     yield p, piece.grad
+
+    def slices(self, cuts: Mapping[Tensor, Cut]) -> list[Slice]:
+        """What this rank updates of each parameter."""
+        if not self._flats:
+            return [Slice(self._names[p], p.shape, cuts.get(p), p, None) for p in self._trained]
+        return slices_of(self._flats, cuts)
 
     def update(self) -> None:
         """Step the optimizer.

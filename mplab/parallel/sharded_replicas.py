@@ -14,6 +14,7 @@ from mplab.parallel.serial import LossFunction
 from mplab.parallel.sharded import ShardedDataParallel
 from mplab.parallel.tensor_model import connect
 from mplab.parallel.tensor_state import merge, partial_parameters, split
+from mplab.parallel.whole_state import Slice, slices_of
 
 
 class ShardedReplicas(ShardedDataParallel):
@@ -63,6 +64,18 @@ class ShardedReplicas(ShardedDataParallel):
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take this rank's share of a whole model's `state_dict`. **Communication**: none."""
         super().load_full_state_dict(split(state, cuts_by_name(self.model), self._tp))
+
+    def local_state(self) -> dict[str, Tensor]:
+        """The `state_dict` of the model as it is cut, on every rank of the data axis."""
+        return super().full_state_dict()
+
+    def load_local_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take this rank's share of what `local_state` gave."""
+        super().load_full_state_dict(state)
+
+    def slices(self) -> list[Slice]:
+        """What this rank updates of each parameter."""
+        return slices_of(self._trained, self._cuts)
 
     def _finish_gradients(self) -> None:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}

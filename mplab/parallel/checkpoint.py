@@ -1,0 +1,143 @@
+"""Saved training: on disk as the whole model has it, so that any plan can go on with what any other has saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mplab.errors import CheckpointError
+from mplab.parallel import checkpoint_files as files
+from mplab.parallel.agree import exchange
+from mplab.parallel.hybrid import HybridParallel
+from mplab.parallel.tensor_state import split
+from mplab.parallel.whole_state import put_optimizer_state, settings_of, whole_optimizer_state, whole_weights
+
+WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
+
+
+def save(engine: HybridParallel, root: str | Path, position: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint; every rank calls it, between two steps.
+
+    Each tensor is written whole, by one rank; a rank has one of them in memory at a time beside those that it writes.
+
+    Args:
+        engine: what is trained.
+        root: the folder of all checkpoints, on a disk that all ranks see.
+        position: where the data is, and whatever else must be known to go on; what JSON can write.
+
+    Returns:
+        The checkpoint's folder, `root/step-...`.
+
+    Raises:
+        CheckpointError: it can't be written, or there is one of this step; those before are as they were.
+
+    **Communication**: an all_gather of each parameter and each of its optimizer's tensors that lies on several ranks.
+    """
+    comm, folder, step = engine.comm, Path(root), engine.num_steps
+    if comm.rank == 0:
+        files.begin(folder, step)
+    comm.barrier()
+    num_owners, me = engine.axes.dp.size * engine.axes.tp.size, engine.axes.dp.rank * engine.axes.tp.size
+    mine = {}
+    for i, (name, tensor) in enumerate(_whole(engine)):
+        if i % num_owners == me + engine.axes.tp.rank:
+            mine[name] = tensor
+    shards = exchange(files.write_shard(files.writing(folder, step), comm.rank, mine), comm)
+    optimizers = exchange(settings_of(engine.optimizer), comm)
+    if comm.rank == 0:
+        more: dict[str, Any] = {
+            "plan": engine.plan.to_json(),
+            "tied": {name: first for name, first in engine.tied.items() if name != first},
+            "optimizer": next((groups for groups in optimizers if groups), []),
+            "position": dict(position or {}),
+        }
+        files.commit(folder, step, shards, more)
+    comm.barrier()
+    return folder / f"step-{step:08d}"
+
+
+def load(engine: HybridParallel, root: str | Path) -> dict[str, Any]:
+    """Go on where a checkpoint was saved, under any plan and on any number of ranks; every rank calls it.
+
+    Args:
+        engine: of the same model, with the same kind of optimizer; its weights, its optimizer's state and settings, and
+            its number of steps become those of the checkpoint.
+        root: the folder of all checkpoints, of which the newest is taken, or that of one.
+
+    Returns:
+        The position that was saved.
+
+    Raises:
+        CheckpointError: a file that is missing, cut or changed, another model or optimizer; nothing is loaded then.
+
+    **Communication**: barriers.
+    """
+    comm, tp = engine.comm, engine.axes.tp
+    if comm.rank == 0:
+        files.Checkpoint(root)  # is all of it there, and unchanged?
+    comm.barrier()
+    saved = files.Checkpoint(root, is_checked=True)
+    own, cuts, names = engine.local_state(), engine.local_cuts(), set(saved.names)
+    lacking = sorted(name for name in own if WEIGHTS + engine.tied.get(name, name) not in names)
+    unknown = sorted({name.removeprefix(WEIGHTS) for name in names if name.startswith(WEIGHTS)} - engine.names)
+    if lacking or unknown:
+        raise CheckpointError(
+            f"{saved.folder} is of another model: it lacks {lacking[:5]}, and has {unknown[:5]} that this one has not"
+        )
+    groups, settings = saved.manifest["optimizer"], settings_of(engine.optimizer)
+    if groups and settings and groups[0].keys() != settings[0].keys():
+        raise CheckpointError(
+            f"{saved.folder} is of another optimizer, with the settings {', '.join(groups[0])}: take the same kind"
+        )
+    local = {}
+    for name, x in own.items():
+        whole = saved.read(WEIGHTS + engine.tied.get(name, name))
+        local[name] = split({name: whole}, cuts, tp)[name]
+        if local[name].shape != x.shape:
+            raise CheckpointError(f"{saved.folder} has {name} of shape {tuple(whole.shape)}: it is of another model")
+    slices = [s._replace(name=engine.tied.get(s.name, s.name)) for s in engine.slices()]
+    keys_of: dict[str, list[str]] = {}
+    for full in sorted(names):
+        if full.startswith(OPTIMIZER):
+            name, _, key = full.removeprefix(OPTIMIZER).rpartition("/")
+            keys_of.setdefault(name, []).append(key)
+    comm.barrier()  # nobody has changed anything if one of them could not
+    engine.load_local_state(local)
+    put_optimizer_state(slices, engine.optimizer, keys_of, lambda name: saved.read(OPTIMIZER + name), groups, tp)
+    engine.num_steps = int(saved.manifest["step"])
+    position: dict[str, Any] = saved.manifest["position"]
+    return position
+
+
+def merge(root: str | Path, file: str | Path) -> dict[str, Tensor]:
+    """The whole model's ordinary `state_dict`, out of a checkpoint, in one safetensors file that any program loads.
+
+    Args:
+        root: the folder of all checkpoints, of which the newest is taken, or that of one.
+        file: where to write it.
+
+    Returns:
+        The same.
+
+    Raises:
+        CheckpointError: a file that is missing, cut or changed, or one that can't be written.
+    """
+    saved = files.Checkpoint(root)
+    state = {n.removeprefix(WEIGHTS): saved.read(n) for n in saved.names if n.startswith(WEIGHTS)}
+    state |= {name: state[first].clone() for name, first in saved.manifest["tied"].items()}
+    files.write(Path(file), state)
+    return state
+
+
+def _whole(engine: HybridParallel) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of this rank's stages, whole, on every rank that has a part of them."""
+    axes = engine.axes
+    own = {name: x for name, x in engine.local_state().items() if engine.tied.get(name, name) == name}
+    for name, tensor in whole_weights(own, engine.local_cuts(), axes.tp):
+        yield WEIGHTS + name, tensor
+    slices = [s for s in engine.slices() if engine.tied[s.name] == s.name]
+    for name, tensor in whole_optimizer_state(slices, engine.optimizer, axes.dp, axes.tp):
+        yield OPTIMIZER + name, tensor
