@@ -1,4 +1,4 @@
-"""What the processes of tests/test_processes*.py run: `process_ranks.py FOLDER SCENARIO...`, each in a world of its own.
+"""What the processes of tests/test_processes*.py run: `process_ranks.py FOLDER SCENARIO...`, each in its own world.
 
 Each process writes what it saw of each scenario to FOLDER/SCENARIO.RANK.json.
 """

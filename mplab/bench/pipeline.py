@@ -146,11 +146,12 @@ class OneProcess:
         model: it is trained.
         batch: of every step.
         num_checked: steps whose losses are compared.
+        num_threads: of torch, while it is timed.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, num_checked: int = 2) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, num_checked: int = 2, num_threads: int = NUM_RANKS) -> None:
         self._serial = Serial(model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE))
-        self._batch, self._num_checked = batch, num_checked
+        self._batch, self._num_checked, self._num_threads = batch, num_checked, num_threads
 
     def losses(self) -> list[float]:
         """Of the first steps."""
@@ -159,7 +160,7 @@ class OneProcess:
     def step_s(self, num_steps: int) -> float:
         """Seconds of a step."""
         num_threads = torch.get_num_threads()
-        torch.set_num_threads(NUM_RANKS)
+        torch.set_num_threads(self._num_threads)
         try:
             self._serial.step(self._batch)
             stamps = [time.perf_counter_ns()]

@@ -22,7 +22,10 @@ import torch
 from mplab.comm.link import Ports
 from mplab.errors import CommError, CommTimeout, Deadlock, MplabError, PeerFailure
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+# This package and torch, through whose modules and autograd a layer's collectives are called.
+_NOT_THE_USERS = tuple(
+    os.path.dirname(os.path.abspath(path)) + os.sep for path in (os.path.dirname(__file__), torch.__file__)
+)
 _STOP = (None, None, None, 0)
 
 
@@ -292,8 +295,8 @@ class Hub:
 
 
 def user_line(frame: FrameType | None) -> str:
-    """File, line and function of the innermost frame outside of this package."""
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    """File, line and function of the innermost frame outside of this package and of torch."""
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         frame = frame.f_back
     if frame is None:
         return "an unknown place"

@@ -15,6 +15,11 @@ from mplab.homework.pipeline import check_one_f_one_b as check_one_f_one_b
 from mplab.homework.report import Line as Line
 from mplab.homework.report import Report as Report
 from mplab.homework.sampler import check_shard_sampler as check_shard_sampler
+from mplab.homework.tensor import check_column_linear as check_column_linear
+from mplab.homework.tensor import check_row_linear as check_row_linear
+from mplab.homework.tensor import check_vocab_cross_entropy as check_vocab_cross_entropy
+from mplab.homework.tensor_plan import check_plan_for as check_plan_for
+from mplab.homework.unseen_model import make_unseen_model as make_unseen_model
 from mplab.homework.zero import check_zero1_step as check_zero1_step
 
 

@@ -15,6 +15,8 @@ from mplab.homework.microbatches import check_fastest_num_microbatches
 from mplab.homework.pipeline import check_one_f_one_b
 from mplab.homework.report import Report
 from mplab.homework.sampler import check_shard_sampler
+from mplab.homework.tensor import check_column_linear, check_row_linear, check_vocab_cross_entropy
+from mplab.homework.tensor_plan import check_plan_for
 from mplab.homework.zero import check_zero1_step
 
 CHECKS: dict[str, Callable[..., Report]] = {
@@ -28,6 +30,10 @@ CHECKS: dict[str, Callable[..., Report]] = {
     "one_f_one_b": check_one_f_one_b,
     "optimal_cut": check_optimal_cut,
     "fastest_num_microbatches": check_fastest_num_microbatches,
+    "column_linear": check_column_linear,
+    "row_linear": check_row_linear,
+    "vocab_cross_entropy": check_vocab_cross_entropy,
+    "plan_for": check_plan_for,
 }
 
 

@@ -35,7 +35,11 @@ class Cut(NamedTuple):
 
         **Communication**: an all_gather of `part`'s bytes.
         """
-        of_ranks: Tensor = comm.all_gather(part, self.dim).unflatten(self.dim, (comm.size, self.num_parts, -1))
+        return self.in_order(comm.all_gather(part, self.dim), comm.size)
+
+    def in_order(self, joined: Tensor, num_ranks: int) -> Tensor:
+        """Parts that were joined in the order of ranks, as the whole has them."""
+        of_ranks: Tensor = joined.unflatten(self.dim, (num_ranks, self.num_parts, -1))
         return of_ranks.transpose(self.dim, self.dim + 1).flatten(self.dim, self.dim + 2)
 
     def distribute(self, whole: Tensor, comm: Communicator) -> Tensor:
@@ -99,12 +103,12 @@ class ParallelLayer(nn.Module):
         return self.axis.comm
 
     def take(self, whole: nn.Module) -> None:
-        """Take over this rank's part of each parameter of the whole layer, and a copy of those that are not cut.
+        """Take over this rank's part of each parameter of rank 0's whole layer, and a copy of those that are not cut.
 
-        **Communication**: for each parameter that is cut a scatter of its bytes.
+        **Communication**: for each parameter that is cut a scatter of its bytes, for each other one a broadcast.
         """
         for name, parameter in whole.named_parameters(recurse=False):
             cut = self.cuts.get(name)
             value = parameter.detach().to(self.comm.device)
-            mine = value.clone() if cut is None else cut.distribute(value, self.comm)
+            mine = self.comm.broadcast(value) if cut is None else cut.distribute(value, self.comm)
             setattr(self, name, nn.Parameter(mine, requires_grad=parameter.requires_grad))

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mplab.comm.communicator import Communicator
 
@@ -109,6 +110,7 @@ class _CopyTo(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.comm.all_reduce(grad), None
 
@@ -119,6 +121,7 @@ class _ReduceFrom(torch.autograd.Function):
         return comm.all_reduce(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None
 
@@ -130,6 +133,7 @@ class _ReduceFromInPlace(torch.autograd.Function):
         return comm.all_reduce_(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None
 
@@ -141,6 +145,7 @@ class _ScatterTo(torch.autograd.Function):
         return _own_chunk(x, comm, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.comm.all_gather(grad, ctx.dim), None, None
 
@@ -152,6 +157,7 @@ class _GatherFrom(torch.autograd.Function):
         return comm.all_gather(x, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _own_chunk(grad, ctx.comm, ctx.dim), None, None
 
@@ -163,6 +169,7 @@ class _AllGather(torch.autograd.Function):
         return comm.all_gather(x, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.comm.reduce_scatter(grad, dim=ctx.dim), None, None
 
@@ -174,6 +181,7 @@ class _ReduceScatter(torch.autograd.Function):
         return comm.reduce_scatter(x, dim=dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.comm.all_gather(grad, ctx.dim), None, None
 
@@ -185,5 +193,6 @@ class _AllReduce(torch.autograd.Function):
         return comm.all_reduce(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.comm.all_reduce(grad), None

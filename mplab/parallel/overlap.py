@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mplab.comm.communicator import Communicator, Handle
@@ -34,6 +35,9 @@ class OverlappedEntry:
         self._layers: list[nn.Module] = []
         self._views: dict[nn.Module, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": {}}  # a copy begins with none: those here are of a graph
+
     def add(self, layer: nn.Module) -> None:
         """Count in a layer that reads what enters here."""
         self._layers.append(layer)
@@ -43,15 +47,20 @@ class OverlappedEntry:
         sent: list[Handle[Tensor]] = []
         x = _apply(_Wait, x, sent)
         for layer in self._layers:
-            work: list[tuple[Tensor, Tensor]] = []
-            self._views[layer] = _apply(_WeightGradient, layer.weight, work), work
+            self._views[layer] = _with_work(layer)
         return _apply(_Start, x, comm, self.sequence_dim, sent)
 
     def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
         """The layer's product of what entered and its weight."""
-        weight, work = self._views.pop(layer)
-        y = _apply(_Product, x, weight, work, is_transposed)
-        return y if bias is None else y + bias
+        if layer not in self._views:  # read once already, or entered without grad
+            self._views[layer] = _with_work(layer)
+        y = _apply(_Product, x, *self._views.pop(layer), is_transposed)
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+def _with_work(layer: Any) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    work: list[tuple[Tensor, Tensor]] = []
+    return _apply(_WeightGradient, layer.weight, work), work
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
@@ -66,6 +75,7 @@ class _Wait(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.sent.pop().wait(), None
 
@@ -77,9 +87,10 @@ class _WeightGradient(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        left, right = ctx.work.pop()
-        return left.flatten(0, -2).t() @ right.flatten(0, -2), None
+        left, right = (x.reshape(-1, x.shape[-1]) for x in ctx.work.pop())
+        return left.t() @ right, None
 
 
 class _Start(torch.autograd.Function):
@@ -91,6 +102,7 @@ class _Start(torch.autograd.Function):
         return x.view_as(x) if sequence_dim is None else comm.all_gather(x, sequence_dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         comm, dim = ctx.comm, ctx.sequence_dim
         ctx.sent.append(comm.iall_reduce(grad) if dim is None else comm.ireduce_scatter(grad, dim=dim))
@@ -107,11 +119,15 @@ class _Product(torch.autograd.Function):
         return functional.linear(x, weight.t() if is_transposed else weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            ctx.work.append((x, grad) if ctx.is_transposed else (grad, x))
-        return grad @ (weight.t() if ctx.is_transposed else weight), _stand_in(weight, weight.shape), None, None
+            mine = x.to(grad.dtype)
+            ctx.work.append((mine, grad) if ctx.is_transposed else (grad, mine))
+        used = weight.to(grad.dtype)  # under autocast the product was one of a narrower dtype
+        grad_x = grad @ (used.t() if ctx.is_transposed else used)
+        return grad_x, _stand_in(weight, weight.shape), None, None
 
 
 def _stand_in(x: Tensor, shape: torch.Size) -> Tensor:

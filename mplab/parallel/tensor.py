@@ -135,7 +135,7 @@ class TensorParallel:
         """
         num_samples = check_batch(batch, self.num_microbatches)
         if not self.num_steps:
-            check_agreement(self.comm, {"the first batch (hash)": _digest(batch)})
+            check_agreement(self.comm, {"the first batch": [*(list(x.shape) for x in batch), _digest(batch)]})
         self.optimizer.zero_grad()
         inputs, targets = (tensor.to(self.comm.device) for tensor in batch)
         span, losses = self.comm.trace.span, []
@@ -158,24 +158,28 @@ class TensorParallel:
 
     def _check_and_clip(self) -> None:
         """Refuse a NaN before any weight of this rank is changed; scale down a gradient that is too long."""
-        trained = [p for p in self._names if p.grad is not None]
-        lengths = torch.stack(norms([p.grad for p in trained if p.grad is not None])).double()
-        if not bool(lengths.isfinite().all()):
-            name = self._names[trained[int(lengths.isfinite().logical_not().nonzero()[0])]]
-            raise NonFiniteGradient(
-                f"rank {self.comm.rank}, step {self.num_steps}: the gradient of {name} has a NaN or an Inf, and no "
-                "weight of this rank was changed: look at the samples and the loss, or lower the learning rate"
-            )
+        grads: dict[bool, list[Tensor]] = {True: [], False: []}  # of what is cut, and of what every rank has whole
+        squares = torch.zeros(2, dtype=torch.float64, device=self.comm.device)
+        for is_cut, of_kind in grads.items():
+            trained = [p for p in self._names if p.grad is not None and (p in self._cuts) == is_cut]
+            of_kind += [p.grad for p in trained if p.grad is not None]
+            if not of_kind:
+                continue
+            lengths = torch.stack(norms(of_kind)).double()
+            if not bool(lengths.isfinite().all()):
+                name = self._names[trained[int(lengths.isfinite().logical_not().nonzero()[0])]]
+                raise NonFiniteGradient(
+                    f"rank {self.comm.rank}, step {self.num_steps}: the gradient of {name} has a NaN or an Inf, and no "
+                    "weight of this rank was changed: look at the samples and the loss, or lower the learning rate"
+                )
+            squares[int(is_cut)] = lengths.square().sum()
         if self.max_norm is None:
             return
-        is_cut = torch.tensor([p in self._cuts for p in trained], device=lengths.device)
-        squares = lengths.square()
-        total = squares[~is_cut].sum() + self.comm.all_reduce_(squares[is_cut].sum().reshape(1))
-        scale = self.max_norm / (float(total.sqrt()) + 1e-6)
+        whole, cut = squares.split(1)
+        scale = self.max_norm / (float((whole + self.comm.all_reduce_(cut)).sqrt()) + 1e-6)
         if scale < 1:
-            for p in trained:
-                assert p.grad is not None
-                p.grad.mul_(scale)
+            for grad in (*grads[True], *grads[False]):
+                grad.mul_(scale)
 
 
 def has_cut_logits(model: nn.Module, plan: Mapping[str, str], loss_fn: LossFunction) -> bool:

@@ -9,7 +9,6 @@ A column-parallel layer leaves its output cut as a row-parallel one wants its in
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,11 +55,27 @@ class Entry:
     def __init__(self, axis: TensorAxis, sequence_parallel: bool = False, overlap: bool = False) -> None:
         self.axis, self.sequence_parallel = axis, sequence_parallel
         self.overlapped = OverlappedEntry(SEQUENCE_DIM if sequence_parallel else None) if overlap else None
-        self._entered: Callable[[], Tensor | None] = lambda: None
+        # Weak: what entered must not outlive the step. Several may have: a layer may read what its siblings do not.
+        self._entered: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self.num_layers = 0
+        self._open: tuple[Tensor, Tensor, int] | None = None  # what siblings still to come will read too, and how many
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}  # a copy begins with none: that here is of a graph
+
+    def read(self, x: Tensor) -> Tensor:
+        """What entered, for one of its layers: those that read the same tensor share it, and the last one drops it."""
+        if x is self._entered.get(id(x)):
+            return x
+        raw, entered, num_left = self._open or (None, x, 0)
+        if raw is not x or entered.requires_grad != (x.requires_grad and torch.is_grad_enabled()):
+            entered, num_left = self(x), self.num_layers
+        self._open = (x, entered, num_left - 1) if num_left > 1 else None
+        return entered
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, T, D), or (B, T/n, D) -> (B, T, D); what has entered already comes back as it is."""
-        if x is self._entered():
+        if x is self._entered.get(id(x)):
             return x
         if self.overlapped is not None and torch.is_grad_enabled():
             x = self.overlapped.enter(x, self.axis.comm)
@@ -68,7 +83,7 @@ class Entry:
             x = operators.all_gather(x, self.axis.comm, SEQUENCE_DIM)
         else:
             x = operators.copy_to(x, self.axis.comm)
-        self._entered = weakref.ref(x)  # weak: it must not outlive the step
+        self._entered[id(x)] = x
         return x
 
 
@@ -110,16 +125,20 @@ class ColumnParallelLinear(ParallelLayer):
         self.take(linear)
         self.is_transposed, self.gather_output = is_transposed(linear), gather_output
         self.entry = entry or Entry(self.axis, sequence_parallel, overlap)
+        self.entry.num_layers += 1
         if self.entry.overlapped is not None:
             self.entry.overlapped.add(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.entry(x)
+        x = self.entry.read(x)
         if self.entry.overlapped is not None and torch.is_grad_enabled():
             y = self.entry.overlapped.linear(self, x, self.bias, self.is_transposed)
         else:
             y = functional.linear(x, self.weight.mT if self.is_transposed else self.weight, self.bias)
-        return operators.gather_from(y, self.comm) if self.gather_output else y
+        if self.gather_output:
+            y = operators.gather_from(y, self.comm)
+            y = Cut(y.ndim - 1, self.cuts["weight"].num_parts).in_order(y, self.comm.size)
+        return y
 
 
 class RowParallelLinear(ParallelLayer):
@@ -155,7 +174,7 @@ class RowParallelLinear(ParallelLayer):
             y = operators.reduce_scatter(y, self.comm, SEQUENCE_DIM)
         else:
             y = operators.reduce_from_(y, self.comm)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class VocabParallelEmbedding(ParallelLayer):
@@ -172,7 +191,7 @@ class VocabParallelEmbedding(ParallelLayer):
 
     Raises:
         MplabError: n does not divide the vocabulary; an option of `nn.Embedding` that looks at the whole; on a call, on
-            a CPU, a token that is not in the vocabulary.
+            a CPU, a token that is not in the vocabulary (on CUDA it gives NaN).
 
     **Communication**: an all_reduce of the output's bytes; in backward none, or the same with `reduce_gradient`.
     """
@@ -192,7 +211,8 @@ class VocabParallelEmbedding(ParallelLayer):
         self.reduce_gradient = reduce_gradient
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if tokens.device.type == "cpu" and tokens.numel():  # on CUDA asking would keep the host waiting
+        is_on_cpu = tokens.device.type == "cpu"
+        if is_on_cpu and tokens.numel():
             low, high = map(int, tokens.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 raise MplabError(
@@ -202,6 +222,8 @@ class VocabParallelEmbedding(ParallelLayer):
         place = tokens - self.first
         row = place.clamp(0, self.num_rows - 1)
         x = functional.embedding(row, self.weight, self.padding_idx) * (row == place).unsqueeze(-1)
+        if not is_on_cpu:  # asking would keep the host waiting
+            x = x.masked_fill(((tokens < 0) | (tokens >= self.num_embeddings)).unsqueeze(-1), torch.nan)
         return operators.all_reduce(x, self.comm) if self.reduce_gradient else operators.reduce_from_(x, self.comm)
 
 

@@ -49,7 +49,7 @@ def tensor_parallel(
 
     Returns:
         A model of the same class and the same parameter names. Its logits are cut where the plan says "vocab" of the
-        layer that gives them.
+        layer that gives them; to sample from them (`generate`) say "column_gather" there.
 
     Raises:
         MplabError: a plan that doesn't fit the model or the number of ranks; dropout inside attention; ranks that were
@@ -130,7 +130,7 @@ class _Maker:
     def fit(self, path: str, module: nn.Module) -> None:
         """Let a module of the copy work with what it gets there."""
         style, _ = self.styles.get(path, ("", 1))
-        if path in self.entries:
+        if style == "entry":
             module.register_forward_pre_hook(_Before(self.entries[path]), with_kwargs=True)
         if style == "scatter":
             module.register_forward_pre_hook(_Before(_Scatter(self.axis)), with_kwargs=True)

@@ -10,8 +10,9 @@ A pattern is a dotted name in which each `*` stands for one part of it. The styl
     row            a linear layer whose inputs come cut: each rank computes a summand of every output
     vocab          an embedding: each rank has 1/n of the vocabulary; or the linear layer that gives the logits, which
                    stay cut for `vocab_parallel_cross_entropy`
-    entry          what enters this module is read by column-parallel layers inside it: the gradients that they give it
-                   are added up once for all of them. The parent of two "column" layers or more is an entry anyway
+    entry          all that this module does with its input is to give it to column-parallel layers inside it: it is
+                   made ready for them at the door. "column" layers with one parent that read the same tensor share
+                   what makes it ready anyway
     partial        a module inside cut ones that every rank has whole, and that sees 1/n of the features (a norm of each
                    head): its gradients are added up
     scatter        with sequence parallelism: what enters this module is cut along the sequence, and so is all after it
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +70,7 @@ FAMILY_PLANS = {
     "Bert": {
         "embeddings.word_embeddings": "vocab",
         "encoder.layer.0": "scatter",
+        "encoder.layer.*.attention.self": "entry",
         "encoder.layer.*.attention.self.query": "column",
         "encoder.layer.*.attention.self.key": "column",
         "encoder.layer.*.attention.self.value": "column",
@@ -109,7 +112,10 @@ def tensor_plan(model: nn.Module) -> dict[str, str]:
                 'example {"blocks.*.up": "column", "blocks.*.down": "row"}'
             )
         blocks = next((pattern.split(".*", 1)[0] for pattern in carried if ".*" in pattern), None)
-        of_base = {**carried, **({f"{blocks}.0": "scatter"} if blocks else {})}
+        parents = Counter(pattern.rpartition(".")[0] for pattern, style in carried.items() if style == "colwise")
+        # Attention and MLP of these models begin with several layers that read their input.
+        entries = {parent: "entry" for parent, num_layers in parents.items() if parent and num_layers > 1}
+        of_base = {**carried, **entries, **({f"{blocks}.0": "scatter"} if blocks else {})}
     plan = {prefix + pattern: style for pattern, style in of_base.items()}
     names = {module: name for name, module in model.named_modules()}
     for getter in ("get_input_embeddings", "get_output_embeddings"):

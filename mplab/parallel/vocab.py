@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mplab.comm.communicator import Communicator
 from mplab.errors import MplabError
@@ -54,7 +55,7 @@ def vocab_parallel_cross_entropy(
                 f"{num_classes - 1}: build the model with the vocab_size of the data"
             )
     mean: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        logits.flatten(0, -2), rows, comm, ignore_index, label_smoothing
+        logits.reshape(-1, logits.shape[-1]), rows, comm, ignore_index, label_smoothing
     )
     return mean
 
@@ -77,8 +78,12 @@ class _CrossEntropy(torch.autograd.Function):
         is_here = own == place
         of_target = x.gather(-1, own[:, None]).squeeze(-1)
         log_shares = x.log_softmax(-1)  # of this rank's classes: in one pass, and its maximum has the log-sum-exp
-        log_sum = x.amax(-1) - log_shares.amax(-1)
-        said = [log_sum, of_target.where(is_here, 0.0), *([x.sum(-1)] if smoothing else [])]
+        top = x.amax(-1)
+        is_void = top == -torch.inf  # nothing but classes that are ruled out
+        if x.device.type != "cpu" or bool(is_void.any()):
+            log_shares.masked_fill_(is_void[:, None], -torch.inf)
+        log_sum = (top - log_shares.amax(-1)).masked_fill(is_void, -torch.inf)
+        said = [log_sum, of_target.masked_fill(~is_here, 0.0), *([x.sum(-1)] if smoothing else [])]
         of_ranks = comm.all_gather(torch.stack(said)[None])
         log_total = of_ranks[:, 0].logsumexp(0)
         right = of_ranks[:, 1].sum(0)
@@ -87,18 +92,19 @@ class _CrossEntropy(torch.autograd.Function):
             right = (1 - smoothing) * right + (smoothing / num_classes) * of_ranks[:, 2].sum(0)
         losses = log_total - right
         if targets.device.type != "cpu":
-            losses = losses.where(_are_classes(targets, num_classes, ignore_index), torch.nan)
+            losses = losses.masked_fill(~_are_classes(targets, num_classes, ignore_index), torch.nan)
         counted = targets != ignore_index
-        weights = counted.to(x.dtype) / counted.sum()
+        weights = counted.to(x.dtype) / counted.sum().clamp(min=1)  # with none the gradient is 0, as torch's
         ctx.save_for_backward(log_shares, log_sum - log_total, own, is_here, weights)
         ctx.smoothing, ctx.num_classes, ctx.dtype = smoothing, num_classes, logits.dtype
-        return losses.where(counted, 0.0).sum() / counted.sum()
+        return losses.masked_fill(~counted, 0.0).sum() / counted.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         log_shares, log_share, own, is_here, weights = ctx.saved_tensors
         shares = (log_shares + log_share[:, None]).exp_()  # the softmax over all classes
-        shares.scatter_add_(1, own[:, None], (is_here * (ctx.smoothing - 1.0)).to(shares.dtype)[:, None])
+        shares.scatter_add_(1, own[:, None], (is_here.to(shares.dtype) * (ctx.smoothing - 1.0))[:, None])
         if ctx.smoothing:
             shares -= ctx.smoothing / ctx.num_classes
         return shares.mul_((weights * grad)[:, None]).to(ctx.dtype), None, None, None, None
