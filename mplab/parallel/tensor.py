@@ -203,9 +203,9 @@ def has_cut_logits(model: nn.Module, plan: Mapping[str, str], loss_fn: LossFunct
 
 def parallel_loss(outputs: Any, targets: Tensor, loss_fn: LossFunction, comm: Communicator, is_cut: bool) -> Tensor:
     """The loss of outputs, or with `cross_entropy` of their `logits`, which may be cut over the ranks."""
-    if loss_fn is not cross_entropy:
-        return loss_fn(outputs, targets)
     logits: Tensor = getattr(outputs, "logits", outputs)
+    if loss_fn is not cross_entropy:
+        return loss_fn(logits if is_cut else outputs, targets)
     return vocab_parallel_cross_entropy(logits, targets, comm) if is_cut else cross_entropy(logits, targets)
 
 

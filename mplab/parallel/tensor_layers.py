@@ -34,6 +34,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether it computes what its class in torch does, and not something of its own."""
+    return is_transposed(layer) or type(layer).forward in (nn.Linear.forward, nn.Embedding.forward)
+
+
 def sizes_of(linear: Any) -> tuple[int, int]:
     """(in features, out features)."""
     size = tuple(linear.weight.shape)

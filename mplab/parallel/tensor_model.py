@@ -65,6 +65,8 @@ def tensor_parallel(
     """
     if not isinstance(model, nn.Module):
         raise MplabError(f"model is a {type(model).__name__}: give an nn.Module")
+    if meta := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise MplabError(f"{meta[0]} is on the meta device and has no values: build the model on a real device")
     plan = tensor_plan(model) if plan is None else plan
     styles = resolve(model, plan, comm.size, sequence_parallel)
     _check_dropout(model)
@@ -76,7 +78,7 @@ def tensor_parallel(
     for path, module in model.named_modules():
         made = maker.make(path, module)
         if made is not None:
-            copies[id(module)] = made
+            copies[id(module)] = made.train(module.training)
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(made, name, copies.setdefault(id(parameter), getattr(made, name)))  # tied ones stay tied
     parallel = copy.deepcopy(model, copies).to(comm.device)
@@ -176,7 +178,7 @@ class _Scatter:
         if length % size:
             raise MplabError(
                 f"a sequence of {length} tokens can't be cut in {size} equal parts, as sequence parallelism does: take "
-                f"{length // size * size} or {(length // size + 1) * size} tokens"
+                f"{f'{length // size * size} or ' * (length >= size)}{(length // size + 1) * size} tokens"
             )
         return x.tensor_split(size, SEQUENCE_DIM)[self.axis.comm.rank].contiguous()
 

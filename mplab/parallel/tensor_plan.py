@@ -33,7 +33,7 @@ from torch import nn
 
 from mplab.errors import MplabError
 from mplab.models import GPT
-from mplab.parallel.tensor_layers import is_linear, sizes_of
+from mplab.parallel.tensor_layers import is_linear, is_plain, sizes_of
 
 MODULE_STYLES = ("entry", "partial", "scatter", "gather")
 STYLES = ("column", "column:3", "column_gather", "row", "vocab", *MODULE_STYLES)
@@ -118,12 +118,17 @@ def tensor_plan(model: nn.Module) -> dict[str, str]:
         of_base = {**carried, **entries, **({f"{blocks}.0": "scatter"} if blocks else {})}
     plan = {prefix + pattern: style for pattern, style in of_base.items()}
     names = {module: name for name, module in model.named_modules()}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, getter)() if hasattr(model, getter) else None
-        if module is not None:
-            plan[names[module]] = "vocab"
-    if kind in WHOLE_HEADS:
-        plan[WHOLE_HEADS[kind]] = "gather"
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    whole_head = WHOLE_HEADS.get(kind)
+    if all(is_plain(module) for module in ends if module is not None):
+        plan.update({names[module]: "vocab" for module in ends if module is not None})
+    elif ends[1] is not None:
+        whole_head = names[ends[1]]
+    if whole_head is not None:
+        plan[whole_head] = "gather"
+    if (whole_head is None and ends[1] is None) or getattr(getattr(model, base, model), "pooler", None) is not None:
+        # something reads the sequence as a whole
+        plan = {pattern: style for pattern, style in plan.items() if style not in ("scatter", "gather")}
     return plan
 
 
@@ -141,6 +146,8 @@ def resolve(
     found: dict[str, tuple[str, int]] = {}
     by: dict[str, str] = {}
     for pattern, style in plan.items():
+        if not (isinstance(pattern, str) and isinstance(style, str)):
+            raise MplabError(f"the plan has {pattern!r}: {style!r}; both must be strings")
         paths = [path for path in modules if matches(pattern, path)]
         if not paths:
             generic = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in modules if path})
@@ -184,6 +191,11 @@ def _checked(path: str, modules: Mapping[str, nn.Module], style: str, num_ranks:
             f"{path} is a {type(module).__name__}, and {style!r} is for "
             f"{'linear layers and embeddings' if name == 'vocab' else 'linear layers'}: take it out of the plan"
         )
+    if not is_plain(module):
+        raise MplabError(
+            f"{path} is a {type(module).__name__} with a forward of its own, which a layer that is cut would not run: "
+            "take it out of the plan"
+        )
     size = module.num_embeddings if is_embedding else sizes_of(module)[name != "row"]
     what = "inputs" if name == "row" else "tokens" if is_embedding else "outputs"
     joined = f" in {num_parts} joined matrices" if num_parts > 1 else ""
@@ -211,15 +223,16 @@ def _divisors(size: int) -> str:
 def _check_shared(model: nn.Module, found: Mapping[str, tuple[str, int]]) -> None:
     """Layers that share a parameter must be cut alike."""
     users: dict[nn.Parameter, list[str]] = {}
+    cut = {path for path, (style, _) in found.items() if style not in MODULE_STYLES}
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if is_linear(module) or isinstance(module, nn.Embedding):
                 users.setdefault(parameter, []).append(path)
     for paths in users.values():
-        cuts = {path: found[path][0] if path in found else "not in it" for path in paths}
+        cuts = {path: found[path] if path in cut else ("not in it", 1) for path in paths}
         alike = {"column", "column_gather", "vocab"}
-        if len({"column" if style in alike else style for style in cuts.values()}) > 1:
-            said = ", ".join(f"{path}: {style}" for path, style in cuts.items())
+        if len({("column" if style in alike else style, count) for style, count in cuts.values()}) > 1:
+            said = ", ".join(f"{path}: {style}" + f":{count}" * (count > 1) for path, (style, count) in cuts.items())
             raise MplabError(f"one parameter is used by layers that the plan cuts differently ({said}): cut them alike")
 
 
@@ -236,7 +249,13 @@ def _check_sequence(model: nn.Module, found: dict[str, tuple[str, int]], sequenc
             f"is whole: the plan has {places['scatter']} as scatter and {places['gather']} as gather. "
             'Say for example {"blocks.0": "scatter"}'
         )
-    after = _after(model, places["gather"])
+    before, after = whole_zones(model, found)
+    for path, (style, _) in found.items():
+        if path in before and style in ("column", "column_gather", "row"):
+            raise MplabError(
+                f"{path} ({style}) comes before {places['scatter'][0]}, from which on the sequence is cut, and would "
+                "get the gradient of this rank's part alone: let the scatter come before all layers that are cut"
+            )
     for path, module in model.named_modules():
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
         if trained and path in after and path not in found:

@@ -122,13 +122,17 @@ def load_full_state_dict(model: nn.Module, comm: Communicator, state: Mapping[st
     own = model.state_dict(keep_vars=True)
     if other := sorted(own.keys() ^ state.keys()):
         raise MplabError(f"the state has not the model's names, which differ in {other[:5]}: load its own")
-    parts = split(state, cuts_by_name(model), comm)
+    cuts = cuts_by_name(model)
     for name, tensor in own.items():
-        if parts[name].shape != tensor.shape:
+        shape = list(tensor.shape)
+        if name in cuts:
+            shape[cuts[name].dim] *= comm.size
+        if list(state[name].shape) != shape:
             raise MplabError(
-                f"{name} has shape {tuple(parts[name].shape)} on a rank by the state, and {tuple(tensor.shape)} in the "
-                "model: load the state of a model of the same sizes"
+                f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(shape)} in the model: load the "
+                "state of a model of the same sizes"
             )
+    parts = split(state, cuts, comm)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(parts[name])
