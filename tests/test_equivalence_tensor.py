@@ -241,6 +241,21 @@ def test_a_cut_along_the_sequence_that_ends_before_the_head() -> None:
     check(serial("GPT"), model, 2, SEQUENCE, SEQUENCE | OVERLAP, plan=plan)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_layers_that_are_trained_whole_after_the_sequence_is_whole_again(num_ranks: int) -> None:
+    """Their gradient is whole on every rank, and counted once: the norm of the head, and its projection."""
+    model = gpt(tied=False).double()
+    plan = {**tensor_plan(model), "blocks.1": "gather"}
+    check(serial("GPT untied"), model, num_ranks, SEQUENCE, SEQUENCE | OVERLAP, plan=plan)
+    del plan["head.projection"]
+    check(serial("GPT untied"), model, num_ranks, SEQUENCE, plan=plan)
+
+
+def test_a_head_for_tokens_after_the_sequence_is_whole_again() -> None:
+    model = hugging_face("GPT2ForTokenClassification", **GPT2, classifier_dropout=0.0, num_labels=VOCABULARY).double()
+    check(serially(model, batches()), model, 2, SEQUENCE)
+
+
 def test_an_embedding_and_a_head_that_stay_whole() -> None:
     """Tied: all ranks have the embedding, and count its gradient once."""
     model = gpt().double()

@@ -414,17 +414,11 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], int, bool, str]] =
         True,
         r"blocks\.0\.attention\.query",
     ),
-    "trained after it is whole again": (
-        lambda: of(gpt, **{"blocks/1": "gather"}),
+    "a parameter used where it is cut and where it is whole again": (
+        lambda: of(gpt, **{"embedding/token": None, "head/projection": None, "head/norm": "gather"}),
         2,
         True,
-        r'head\.norm comes after blocks\.1, .* say \{"head\.norm": "gather"\} instead, or take sequence_parallel=False',
-    ),
-    "a trained head after it is whole again": (
-        lambda: of(lambda: hugging_face("GPT2ForTokenClassification", **NO_DROPOUT)),
-        2,
-        True,
-        "sequence",
+        r"embedding\.token and head\.projection share a parameter, .* after head\.norm, where the sequence is whole",
     ),
     "dropout in the attention of a GPT-2": (
         lambda: of(lambda: hugging_face("GPT2LMHeadModel", **{**NO_DROPOUT, "attn_pdrop": 0.1})),

@@ -126,7 +126,8 @@ def tensor_plan(model: nn.Module) -> dict[str, str]:
         whole_head = names[ends[1]]
     if whole_head is not None:
         plan[whole_head] = "gather"
-    if (whole_head is None and ends[1] is None) or getattr(getattr(model, base, model), "pooler", None) is not None:
+    is_whole_again = "gather" in plan.values() or ends[1] is not None
+    if not is_whole_again or getattr(getattr(model, base, model), "pooler", None) is not None:
         # something reads the sequence as a whole
         plan = {pattern: style for pattern, style in plan.items() if style not in ("scatter", "gather")}
     return plan
@@ -237,7 +238,7 @@ def _check_shared(model: nn.Module, found: Mapping[str, tuple[str, int]]) -> Non
 
 
 def _check_sequence(model: nn.Module, found: dict[str, tuple[str, int]], sequence_parallel: bool) -> None:
-    """One place from which on the sequence is cut, and nothing trained after it is whole again."""
+    """One place from which on the sequence is cut, and no parameter that is used on both sides of where that ends."""
     places = {name: [path for path, (style, _) in found.items() if style == name] for name in ("scatter", "gather")}
     if not sequence_parallel:
         for path in (*places["scatter"], *places["gather"]):
@@ -256,12 +257,16 @@ def _check_sequence(model: nn.Module, found: dict[str, tuple[str, int]], sequenc
                 f"{path} ({style}) comes before {places['scatter'][0]}, from which on the sequence is cut, and would "
                 "get the gradient of this rank's part alone: let the scatter come before all layers that are cut"
             )
+    users: dict[nn.Parameter, list[str]] = {}
     for path, module in model.named_modules():
-        trained = any(p.requires_grad for p in module.parameters(recurse=False))
-        if trained and path in after and path not in found:
+        for p in module.parameters(recurse=False) if path not in found else ():
+            users.setdefault(p, []).append(path)
+    for p, paths in users.items():
+        if p.requires_grad and 0 < len(after.intersection(paths)) < len(paths):
             raise MplabError(
-                f"{path} comes after {places['gather'][0]}, where the sequence is whole again, and every rank would "
-                f'count its gradient in full: say {{"{path}": "gather"}} instead, or take sequence_parallel=False'
+                f"{' and '.join(paths)} share a parameter, and not all of them come after {places['gather'][0]}, where "
+                "the sequence is whole again: some of its gradient is a part and some is not. Cut them too (vocab), or "
+                "take sequence_parallel=False"
             )
 
 
