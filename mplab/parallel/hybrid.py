@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,19 +13,19 @@ from mplab.comm.communicator import Communicator
 from mplab.comm.mesh import Mesh
 from mplab.datasets import Batch, shard
 from mplab.errors import MplabError
-from mplab.models import Layer, Stage, cross_entropy, layers, tied_names
+from mplab.models import Stage, cross_entropy, layers, tied_names
 from mplab.parallel.agree import check_agreement
 from mplab.parallel.backward import SplitBackward
+from mplab.parallel.check_plan import check_plan, stage_cuts
 from mplab.parallel.cut import Cut, cuts_by_name, cuts_of
 from mplab.parallel.interpreter import Interpreter, program
-from mplab.parallel.pipeline import OptimizerFactory, refuse_recomputation
+from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.replicas import Replicas
 from mplab.parallel.serial import LossFunction, check_batch
 from mplab.parallel.sharded_replicas import ShardedReplicas
 from mplab.parallel.shares import broadcast_state, check_same_rank, check_training, described
 from mplab.parallel.tensor import has_cut_logits, parallel_loss
 from mplab.parallel.tensor_model import connect, tensor_parallel
-from mplab.parallel.tensor_plan import resolve
 from mplab.parallel.tensor_plan import tensor_plan as known_plan
 from mplab.parallel.tensor_state import (
     full_gradients,
@@ -36,8 +36,8 @@ from mplab.parallel.tensor_state import (
 )
 from mplab.parallel.tied import TiedWeights
 from mplab.parallel.whole_state import Slice
-from mplab.plan.layout import Plan, refuse
-from mplab.plan.partition import by_parameters, check_cuts, stage_bounds
+from mplab.plan.layout import Plan
+from mplab.plan.partition import stage_bounds
 from mplab.plan.schedule import build
 
 
@@ -320,58 +320,3 @@ class HybridParallel:
         if scale < 1:
             for _, grad in self.replicas.gradients():
                 grad.mul_(scale)
-
-
-def check_plan(
-    model: nn.Module, num_ranks: int, plan: Plan, loss_fn: LossFunction, tensor_plan: Mapping[str, str] | None
-) -> None:
-    """Refuse a plan that this model or this number of ranks can't have.
-
-    Raises:
-        MplabError: all of its faults.
-    """
-
-    def layout() -> None:
-        if plan.num_ranks != num_ranks:
-            raise MplabError(
-                f"{plan.dp} x {plan.pp} x {plan.tp} = {plan.num_ranks} ranks (dp x pp x tp), and there are "
-                f"{num_ranks}: choose degrees whose product is {num_ranks}"
-            )
-
-    def stages() -> None:
-        if plan.zero > 1:
-            layers(model)
-        if plan.pp > 1:
-            stage_cuts(layers(model), plan)
-
-    def schedule() -> None:
-        build(plan.schedule, plan.pp, plan.num_microbatches)
-
-    def tensors() -> None:
-        if plan.tp > 1:
-            styles = tensor_plan or known_plan(model)
-            resolve(model, styles, plan.tp, plan.sequence_parallel)
-            has_cut_logits(model, styles, loss_fn)
-        elif plan.sequence_parallel:
-            raise MplabError("sequence_parallel with tp=1: there is nobody to share the sequence with; take tp of 2")
-
-    def recomputation() -> None:
-        if plan.recompute:
-            refuse_recomputation(model)
-
-    def faults() -> Iterator[str]:
-        for check in (layout, stages, schedule, tensors, recomputation):
-            try:
-                check()
-            except MplabError as error:
-                yield str(error)
-
-    refuse(faults(), f"this plan ({plan}) does not fit")
-
-
-def stage_cuts(chain: Sequence[Layer], plan: Plan) -> tuple[int, ...]:
-    """Where the plan cuts a chain."""
-    if plan.cuts is None:
-        sizes = [sum({p: p.numel() for _, p in layer.named_parameters()}.values()) for layer in chain]
-        return by_parameters(sizes, plan.num_stages).cuts
-    return check_cuts(plan.cuts, [layer.name for layer in chain], plan.num_stages)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mplab.datasets import Batch
 from mplab.models import cross_entropy
 from mplab.parallel import checkpoint
-from mplab.parallel.hybrid import HybridParallel, check_plan
+from mplab.parallel.check_plan import check_plan
+from mplab.parallel.hybrid import HybridParallel
 from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.serial import LossFunction
 from mplab.parallel.shares import check_training
