@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
+from mplab import World
 from mplab.models import GPT, GPTConfig
+from mplab.parallel import tensor_parallel
 from mplab.parallel.backward import PutOff, SplitBackward
 
 
@@ -77,7 +79,7 @@ def assert_equal_gradients(module: nn.Module, x: Tensor, run: Callable[[Any, Ten
         y = run(twin, x)
         y.backward(numbers(*y.shape, seed=seed).to(y.dtype))
         num_waiting = len(put_off._waiting)
-        assert seed == 8 or all(layer.weight.grad is None for layer, *_ in put_off._waiting)
+        assert seed == 8 or all(weight.grad is None for weight, *_ in put_off._waiting)
         put_off.compute()
         assert not put_off._waiting
     for got, expected in zip(gradients(twin, x), want, strict=True):
@@ -313,3 +315,32 @@ def test_gradients_are_no_part_of_a_graph() -> None:
     two_parts.put_off.compute()
     assert not module.weight.grad.requires_grad
     assert not module.bias.grad.requires_grad
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_layers_that_are_cut_over_a_tensor_axis(sequence_parallel: bool, num_ranks: int) -> None:
+    """Their products are put off as those of whole layers are, and their messages are not."""
+    model = GPT(GPTConfig(vocab_size=8, context_length=4, num_layers=1, num_heads=2, width=8)).double()
+    tokens = torch.arange(8).view(2, 4)
+
+    def gradients_of(rank: Any, is_split: bool) -> tuple[list[Tensor], list[Tensor], int, list[str]]:
+        cut = tensor_parallel(model, rank.comm, sequence_parallel=sequence_parallel)
+        two_parts = SplitBackward(cut) if is_split else None
+        before = len(rank.comm.ledger.messages)
+        cut(tokens).square().sum().backward()
+        first = [p for p in cut.parameters() if p.grad is None]
+        num_off = 0 if two_parts is None else len(two_parts.put_off._waiting)
+        if two_parts is not None:
+            two_parts.put_off.compute()
+        said = [message.op for message in rank.comm.ledger.messages[before:]]
+        return [p.grad for p in cut.parameters() if p.grad is not None], first, num_off, said
+
+    world = World(num_ranks, "cpu")
+    whole, parts = world.run(gradients_of, False), world.run(gradients_of, True)
+    for (want, _, _, said), (got, late, num_off, said_too) in zip(whole, parts, strict=True):
+        torch.testing.assert_close(got, want)
+        assert num_off == 7  # query, key, value, output, up, down, and the head
+        # of each its weight, tied in the head's case to what the embedding has already; of those by columns the bias
+        assert len(late) == 6 + 4
+        assert said == said_too

@@ -92,7 +92,27 @@ class Entry:
         return x
 
 
-class ColumnParallelLinear(ParallelLayer):
+class CutLinear(ParallelLayer):
+    """What column- and row-parallel layers have in common: a rank's part of a product.
+
+    Args:
+        linear: the whole layer.
+        comm: this rank's communicator on the tensor axis.
+        cuts: for each parameter that is cut, how.
+    """
+
+    def __init__(self, linear: nn.Module, comm: Communicator | TensorAxis, cuts: dict[str, Cut]) -> None:
+        super().__init__(comm, cuts)
+        self.bias: nn.Parameter | None = None
+        self.is_transposed = is_transposed(linear)
+        self.take(linear)
+
+    def product(self, x: Tensor, bias: nn.Parameter | None) -> Tensor:
+        """x times this rank's weight, plus `bias`."""
+        return functional.linear(x, self.weight.mT if self.is_transposed else self.weight, bias)
+
+
+class ColumnParallelLinear(CutLinear):
     """A linear layer of which every rank computes 1/n of the outputs.
 
     Args:
@@ -124,11 +144,10 @@ class ColumnParallelLinear(ParallelLayer):
         overlap: bool = False,
         entry: Entry | None = None,
     ) -> None:
-        super().__init__(comm, {"weight": Cut(int(is_transposed(linear)), num_parts), "bias": Cut(0, num_parts)})
-        _check_divides("ColumnParallelLinear", "outputs", sizes_of(linear)[1], self.comm.size * num_parts)
-        self.bias: nn.Parameter | None = None
-        self.take(linear)
-        self.is_transposed, self.gather_output = is_transposed(linear), gather_output
+        _check_divides("ColumnParallelLinear", "outputs", sizes_of(linear)[1], _size(comm) * num_parts)
+        cuts = {"weight": Cut(int(is_transposed(linear)), num_parts), "bias": Cut(0, num_parts)}
+        super().__init__(linear, comm, cuts)
+        self.gather_output = gather_output
         self.entry = entry or Entry(self.axis, sequence_parallel, overlap)
         self.entry.num_layers += 1
         if self.entry.overlapped is not None:
@@ -139,14 +158,14 @@ class ColumnParallelLinear(ParallelLayer):
         if self.entry.overlapped is not None and torch.is_grad_enabled():
             y = self.entry.overlapped.linear(self, x, self.bias, self.is_transposed)
         else:
-            y = functional.linear(x, self.weight.mT if self.is_transposed else self.weight, self.bias)
+            y = self.product(x, self.bias)
         if self.gather_output:
             y = operators.gather_from(y, self.comm)
             y = Cut(y.ndim - 1, self.cuts["weight"].num_parts).in_order(y, self.comm.size)
         return y
 
 
-class RowParallelLinear(ParallelLayer):
+class RowParallelLinear(CutLinear):
     """A linear layer of which every rank has 1/n of the inputs, and computes a summand of every output.
 
     The bias is whole on every rank, and added once, to the sum.
@@ -167,14 +186,12 @@ class RowParallelLinear(ParallelLayer):
     """
 
     def __init__(self, linear: nn.Module, comm: Communicator | TensorAxis, sequence_parallel: bool = False) -> None:
-        super().__init__(comm, {"weight": Cut(int(not is_transposed(linear)))})
-        _check_divides("RowParallelLinear", "inputs", sizes_of(linear)[0], self.comm.size)
-        self.bias: nn.Parameter | None = None
-        self.take(linear)
-        self.is_transposed, self.sequence_parallel = is_transposed(linear), sequence_parallel
+        _check_divides("RowParallelLinear", "inputs", sizes_of(linear)[0], _size(comm))
+        super().__init__(linear, comm, {"weight": Cut(int(not is_transposed(linear)))})
+        self.sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.linear(x, self.weight.mT if self.is_transposed else self.weight)
+        y = self.product(x, None)
         if self.sequence_parallel:
             y = operators.reduce_scatter(y, self.comm, SEQUENCE_DIM)
         else:
@@ -230,6 +247,10 @@ class VocabParallelEmbedding(ParallelLayer):
         if not is_on_cpu:  # asking would keep the host waiting
             x = x.masked_fill(((tokens < 0) | (tokens >= self.num_embeddings)).unsqueeze(-1), torch.nan)
         return operators.all_reduce(x, self.comm) if self.reduce_gradient else operators.reduce_from_(x, self.comm)
+
+
+def _size(comm: Communicator | TensorAxis) -> int:
+    return comm.comm.size if isinstance(comm, TensorAxis) else comm.size
 
 
 def _check_divides(kind: str, what: str, size: int, divisor: int) -> None:
