@@ -25,17 +25,19 @@ from conformance import CHECKS, checks_of, groups, ledgers, messages
 from pipelines import ALL_ORDERS, OPTIMIZERS, assert_losses, assert_weights, batches, chain, serial_chain, stages_a_rank
 from torch import nn
 
-from mplab import Mesh, MplabError, Rank, World
+from mplab import Mesh, MplabError, Plan, Rank, World
 from mplab.comm.reduction import OPS
 from mplab.datasets import Batch
 from mplab.models import GPT, GPTConfig, cross_entropy, seed_parameters
 from mplab.parallel import (
     DataParallel,
+    HybridParallel,
     PipelineParallel,
     Serial,
     ShardedDataParallel,
     TensorParallel,
     naive_data_parallel,
+    parallelize,
     parameter_server,
     scatter_gather,
 )
@@ -252,6 +254,39 @@ def in_tensors(rank: Rank, sequence_parallel: bool) -> list[Any]:
         data = tokens(num_samples, config.context_length, 2 if config is small else 1)
         results += cut(rank, *models, data, sequence_parallel=sequence_parallel, **options)
     return [results, [message[:6] for message in rank.comm.ledger.messages]]
+
+
+HYBRID: list[tuple[Plan, torch.dtype, dict[str, Any]]] = [
+    (Plan(2, 1, 2, num_microbatches=2), torch.float64, {"max_norm": 0.5}),
+    (Plan(2, 1, 2, zero=3, sequence_parallel=True), torch.float32, {"max_norm": 0.5}),
+    (Plan(2, 2, 1, zero=1, num_microbatches=3), torch.float64, {"max_norm": 0.5}),
+    (Plan(1, 2, 2, None, "zero_bubble", 3, 0, True), torch.float32, {}),
+]
+
+
+def in_every_axis(rank: Rank) -> list[Any]:
+    """`HybridParallel` of a GPT held to serial training; losses, weights and messages to the bit."""
+    results: list[Any] = []
+    for plan, dtype, options in HYBRID:
+        place = Mesh(plan.dp, plan.pp, plan.tp).coordinates(rank.index)
+        models = [GPT(GPTConfig(8, 8, 2, 4, 8), seed).to(dtype) for seed in (0, place["dp"] + place["tp"])]
+        engine = HybridParallel(models[1], rank.comm, plan, optimizer=OPTIMIZERS["sgd"], **options)
+        losses = [engine.step(batch) for batch in tokens(7, 8, 3)]
+        serial = Serial(models[0], OPTIMIZERS["sgd"](models[0].parameters()), **options)
+        tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
+        assert losses == pytest.approx([serial.step(batch) for batch in tokens(7, 8, 3)], abs=tolerance)
+        weights = engine.full_state_dict()
+        torch.testing.assert_close(weights, dict(models[0].state_dict()), rtol=0, atol=tolerance)
+        results += [digest(torch.tensor(losses)), *map(digest, weights.values())]
+    return [results, [message[:6] for message in rank.comm.ledger.messages]]
+
+
+def by_one_call(world: World | ProcessWorld) -> list[Any]:
+    """`parallelize`, called from outside of the ranks, in several runs."""
+    trained = parallelize(GPT(GPTConfig(8, 8, 2, 4, 8)), world, Plan(2, 1, 2, zero=1), optimizer=OPTIMIZERS["sgd"])
+    first, *others = tokens(7, 8, 3)
+    losses = [trained.step(first), *trained.steps(others)]
+    return [losses, list(map(digest, trained.full_state_dict().values())), trained.num_steps]
 
 
 def tokens(num_samples: int, length: int, num_batches: int) -> list[Batch]:
@@ -498,6 +533,8 @@ CHECKED: dict[str, Callable[[ProcessWorld], Any]] = {
     "tensor": lambda world: world.run(in_tensors, False)[0],
     "tensor_sequence": lambda world: world.run(in_tensors, True)[0],
     "tensor_llama": lambda world: world.run(llama_in_tensors, llama())[0],
+    "hybrid": lambda world: world.run(in_every_axis)[0],
+    "parallelized": by_one_call,
     "in_two_runs": in_two_runs,
     "late_but_in_time": lambda world: world.run(late_but_in_time),
     "between_runs": lambda world: (world.run(between_runs), world.run(between_runs), SEEN.get("received"))[2],

@@ -529,3 +529,10 @@ def test_ranks_of_a_group_talk_among_themselves() -> None:
         assert y.tolist() == [2.0 + 2 * (index % 2)] * 2  # 0 + 2, or 1 + 3
         assert grad.tolist() == [4.0 + 2 * (index % 2)] * 2
     assert all(m.group == (r % 2, r % 2 + 2) for r, ledger in enumerate(world.ledgers) for m in ledger.messages)
+
+
+def test_an_empty_product_is_no_expanded_tensor() -> None:
+    """A product of (2, 0) and nothing has stride 0 where it has 2 rows, and no element that two could share."""
+    empty = torch.empty(0, 1).expand(2, 0, 1)
+    assert 0 in empty.stride()
+    assert World(2, "cpu").run(lambda rank: rank.comm.all_reduce_(empty).shape) == [(2, 0, 1)] * 2

@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 # What only some functions need, and a machine that runs training scripts does not have.
 OPTIONAL = """
 plotly anywidget ipywidgets IPython ipykernel jupyterlab jupyter_client nbformat sklearn tqdm pandas tensorboard
-transformers
+transformers safetensors
 """
 
 

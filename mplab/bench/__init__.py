@@ -14,7 +14,7 @@ from importlib import import_module
 from mplab.bench.common import Row, table
 from mplab.world.machine import machine
 
-BENCHMARKS = ("all_reduce", "data", "pipeline", "tensor", "world", "zero")
+BENCHMARKS = ("all_reduce", "data", "hybrid", "pipeline", "tensor", "world", "zero")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

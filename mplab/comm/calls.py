@@ -116,7 +116,7 @@ class Caller:
     def _reduction_call(self, name: str, x: Tensor, op: str) -> Call:
         self._check_tensor(x, name)
         check_op(op, x.dtype)
-        if name.endswith("_") and any(step == 0 and n > 1 for n, step in zip(x.shape, x.stride(), strict=True)):
+        if name.endswith("_") and _is_expanded(x):
             raise MplabError(f"{name} into an expanded tensor, whose elements share memory: give it x.clone()")
         return Call(name, op, None, None, tuple(x.shape), x.dtype)
 
@@ -155,3 +155,8 @@ class Caller:
             return Call(name, None, root)
         self._check_tensor(x, f"{name} on its root" if x is None else name)
         return Call(name, None, root, None, tuple(x.shape), x.dtype)  # type: ignore[union-attr]
+
+
+def _is_expanded(x: Tensor) -> bool:
+    """Whether elements of it share memory; an empty tensor has none, whatever its strides."""
+    return any(step == 0 and n > 1 for n, step in zip(x.shape, x.stride(), strict=True)) and x.numel() > 0

@@ -34,7 +34,7 @@ def check_agreement(comm: Communicator, settings: Mapping[str, Any]) -> None:
     for name in settings:
         values = [of_rank.get(name) for of_rank in of_ranks]
         if any(value != values[0] for value in values):
-            if isinstance(values[0], dict):  # of many parameters, those that differ
+            if all(isinstance(value, dict) for value in values):  # of many parameters, those that differ
                 same = [key for key in values[0] if all(value.get(key) == values[0][key] for value in values)]
                 values = [{key: v for key, v in value.items() if key not in same} for value in values]
             lines += [f"  {name} on rank {rank}: {_short(value)}" for rank, value in enumerate(values)]

@@ -15,7 +15,7 @@ from mplab.parallel.tensor_plan import resolve
 from mplab.parallel.tensor_plan import tensor_plan as known_plan
 from mplab.plan.layout import Plan, refuse
 from mplab.plan.partition import by_parameters, check_cuts
-from mplab.plan.schedule import build
+from mplab.plan.schedule import Schedule, build
 
 
 def check_plan(
@@ -41,28 +41,36 @@ def check_plan(
             stage_cuts(layers(model), plan)
 
     def schedule() -> None:
-        build(plan.schedule, plan.pp, plan.num_microbatches)
+        plan_schedule(plan)
 
     def tensors() -> None:
         if plan.tp > 1:
-            styles = tensor_plan or known_plan(model)
+            styles = known_plan(model) if tensor_plan is None else tensor_plan
             resolve(model, styles, plan.tp, plan.sequence_parallel)
-            has_cut_logits(model, styles, loss_fn)
         elif plan.sequence_parallel:
             raise MplabError("sequence_parallel with tp=1: there is nobody to share the sequence with; take tp of 2")
+
+    def loss() -> None:
+        if plan.tp > 1:
+            has_cut_logits(model, known_plan(model) if tensor_plan is None else tensor_plan, loss_fn)
 
     def recomputation() -> None:
         if plan.recompute:
             refuse_recomputation(model)
 
     def faults() -> Iterator[str]:
-        for check in (layout, stages, schedule, tensors, recomputation):
+        for check in (layout, stages, schedule, tensors, loss, recomputation):
             try:
                 check()
             except MplabError as error:
                 yield str(error)
 
     refuse(faults(), f"this plan ({plan}) does not fit")
+
+
+def plan_schedule(plan: Plan) -> Schedule:
+    """What the ranks of the pipeline axis do; one rank has one stage, and nothing to interleave."""
+    return build("1f1b" if plan.pp == 1 else plan.schedule, plan.pp, plan.num_microbatches)
 
 
 def stage_cuts(chain: Sequence[Layer], plan: Plan) -> tuple[int, ...]:

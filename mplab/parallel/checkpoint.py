@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mplab.errors import CheckpointError
+from mplab.errors import CheckpointError, MplabError
 from mplab.parallel import checkpoint_files as files
 from mplab.parallel.agree import exchange
 from mplab.parallel.hybrid import HybridParallel
 from mplab.parallel.tensor_state import split
-from mplab.parallel.whole_state import put_optimizer_state, settings_of, whole_optimizer_state, whole_weights
+from mplab.parallel.whole_state import local_optimizer_state, settings_of, whole_optimizer_state, whole_weights
 
 WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
 
@@ -33,10 +34,15 @@ def save(engine: HybridParallel, root: str | Path, position: Mapping[str, Any] |
 
     Raises:
         CheckpointError: it can't be written, or there is one of this step; those before are as they were.
+        MplabError: a position that JSON can't write.
 
     **Communication**: an all_gather of each parameter and each of its optimizer's tensors that lies on several ranks.
     """
     comm, folder, step = engine.comm, Path(root), engine.num_steps
+    try:
+        json.dumps(dict(position or {}))
+    except (TypeError, ValueError) as error:
+        raise MplabError(f"position {position!r} can't be saved ({error}): give numbers and text") from None
     if comm.rank == 0:
         files.begin(folder, step)
     comm.barrier()
@@ -50,8 +56,8 @@ def save(engine: HybridParallel, root: str | Path, position: Mapping[str, Any] |
     if comm.rank == 0:
         more: dict[str, Any] = {
             "plan": engine.plan.to_json(),
-            "tied": {name: first for name, first in engine.tied.items() if name != first},
-            "optimizer": next((groups for groups in optimizers if groups), []),
+            "tied": _aliases(engine),
+            "optimizer": next((settings for settings in optimizers if settings["groups"]), settings_of(None)),
             "position": dict(position or {}),
         }
         files.commit(folder, step, shards, more)
@@ -87,10 +93,15 @@ def load(engine: HybridParallel, root: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{saved.folder} is of another model: it lacks {lacking[:5]}, and has {unknown[:5]} that this one has not"
         )
-    groups, settings = saved.manifest["optimizer"], settings_of(engine.optimizer)
-    if groups and settings and groups[0].keys() != settings[0].keys():
+    if saved.manifest["tied"] != _aliases(engine):
         raise CheckpointError(
-            f"{saved.folder} is of another optimizer, with the settings {', '.join(groups[0])}: take the same kind"
+            f"{saved.folder} is of another model, with the tied weights {saved.manifest['tied']}, and this one has "
+            f"{_aliases(engine)}"
+        )
+    theirs, mine = saved.manifest["optimizer"], settings_of(engine.optimizer)
+    if theirs["groups"] and mine["groups"] and _said(theirs) != _said(mine):
+        raise CheckpointError(
+            f"{saved.folder} is of another optimizer, {_said(theirs)}, and this one is {_said(mine)}: take the same"
         )
     local = {}
     for name, x in own.items():
@@ -104,9 +115,12 @@ def load(engine: HybridParallel, root: str | Path) -> dict[str, Any]:
         if full.startswith(OPTIMIZER):
             name, _, key = full.removeprefix(OPTIMIZER).rpartition("/")
             keys_of.setdefault(name, []).append(key)
+    optimizer, read = engine.optimizer, lambda name: saved.read(OPTIMIZER + name)
+    state = local_optimizer_state(slices, optimizer, keys_of, read, theirs["groups"], tp) if optimizer else {}
     comm.barrier()  # nobody has changed anything if one of them could not
     engine.load_local_state(local)
-    put_optimizer_state(slices, engine.optimizer, keys_of, lambda name: saved.read(OPTIMIZER + name), groups, tp)
+    if optimizer is not None:
+        optimizer.load_state_dict(state)
     engine.num_steps = int(saved.manifest["step"])
     position: dict[str, Any] = saved.manifest["position"]
     return position
@@ -130,6 +144,17 @@ def merge(root: str | Path, file: str | Path) -> dict[str, Tensor]:
     state |= {name: state[first].clone() for name, first in saved.manifest["tied"].items()}
     files.write(Path(file), state)
     return state
+
+
+def _aliases(engine: HybridParallel) -> dict[str, str]:
+    """Of each tied weight its other names, and the first one, under which it is saved."""
+    return {name: first for name, first in engine.tied.items() if name != first}
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    """What two optimizers must have in common for one to go on with the other's state."""
+    num_groups = len(settings["groups"])
+    return f"{settings['name']} with {num_groups} group{'s' * (num_groups > 1)}"
 
 
 def _whole(engine: HybridParallel) -> Iterator[tuple[str, Tensor]]:

@@ -34,12 +34,12 @@ def begin(root: Path, step: int) -> Path:
     Raises:
         CheckpointError: there is one of this step already, or the folder can't be made.
     """
-    if (root / f"step-{step:08d}").exists():
-        raise CheckpointError(
-            f"{root} has a checkpoint of step {step} already, and none is written over: give another folder, or remove "
-            "that one"
-        )
     try:
+        if (root / f"step-{step:08d}").exists():
+            raise CheckpointError(
+                f"{root} has a checkpoint of step {step} already, and none is written over: give another folder, or "
+                "remove that one"
+            )
         root.mkdir(parents=True, exist_ok=True)
         for left in root.glob(".writing-*"):
             shutil.rmtree(left)
@@ -102,6 +102,7 @@ def commit(root: Path, step: int, shards: Sequence[Mapping[str, Any]], more: Map
     """
     folder, final = writing(root, step), root / f"step-{step:08d}"
     manifest = {"format": FORMAT, "step": step, "shards": list(shards), **more}
+    manifest["sha256"] = _digest(manifest)
     try:
         with (folder / MANIFEST).open("w") as file:
             json.dump(manifest, file, indent=1)
@@ -124,11 +125,11 @@ def latest(root: str | Path) -> Path:
     root = Path(root)
     if (root / MANIFEST).is_file():
         return root
-    found = sorted(path for path in root.glob("step-*") if _NAME.fullmatch(path.name)) if root.is_dir() else []
+    found = [(int(name[1]), path) for path in root.glob("step-*") if (name := _NAME.fullmatch(path.name))]
     if not found:
         there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) if root.is_dir() else "no such folder"
         raise CheckpointError(f"{root} has no checkpoint (step-..., with a {MANIFEST}): there is {there or 'nothing'}")
-    return found[-1]
+    return max(found)[1]
 
 
 class Checkpoint:
@@ -150,6 +151,10 @@ class Checkpoint:
             if self.manifest["format"] != FORMAT:
                 raise CheckpointError(
                     f"{self.folder / MANIFEST} is of format {self.manifest['format']}, and this version reads {FORMAT}"
+                )
+            if self.manifest["sha256"] != _digest(self.manifest):
+                raise CheckpointError(
+                    f"{self.folder / MANIFEST} is not what was written (its SHA-256 differs): take another checkpoint"
                 )
             shards = [(shard["file"], shard["size_bytes"], shard["sha256"]) for shard in self.manifest["shards"]]
             self._file_of = {name: shard["file"] for shard in self.manifest["shards"] for name in shard["names"]}
@@ -178,15 +183,25 @@ class Checkpoint:
         """One tensor, whole, on the CPU.
 
         Raises:
-            CheckpointError: it has none of this name.
+            CheckpointError: it has none of this name, or a file that is none of safetensors.
         """
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder} has no {name}: it is of another model or optimizer")
         file = Path(str(self._file_of[name])).name
-        if file not in self._open:
-            self._open[file] = _safetensors().safe_open(self.folder / file, framework="pt")
-        tensor: Tensor = self._open[file].get_tensor(name)
-        return tensor
+        library = _safetensors()
+        try:
+            if file not in self._open:
+                self._open[file] = library.safe_open(self.folder / file, framework="pt")
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except Exception as error:  # safetensors has an error of its own
+            raise CheckpointError(f"{self.folder / file}: {name} can't be read ({error})") from None
+        return tensor.clone()  # what is read twice would be the same memory, and lie in the file's
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """The SHA-256 of all that a manifest says but this."""
+    text = json.dumps({key: value for key, value in manifest.items() if key != "sha256"})
+    return hashlib.sha256(json.dumps(json.loads(text)).encode()).hexdigest()
 
 
 def _safetensors() -> Any:

@@ -16,7 +16,7 @@ from mplab.errors import MplabError
 from mplab.models import Stage, cross_entropy, layers, tied_names
 from mplab.parallel.agree import check_agreement
 from mplab.parallel.backward import SplitBackward
-from mplab.parallel.check_plan import check_plan, stage_cuts
+from mplab.parallel.check_plan import check_plan, plan_schedule, stage_cuts
 from mplab.parallel.cut import Cut, cuts_by_name, cuts_of
 from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.pipeline import OptimizerFactory
@@ -24,7 +24,7 @@ from mplab.parallel.replicas import Replicas
 from mplab.parallel.serial import LossFunction, check_batch
 from mplab.parallel.sharded_replicas import ShardedReplicas
 from mplab.parallel.shares import broadcast_state, check_same_rank, check_training, described
-from mplab.parallel.tensor import has_cut_logits, parallel_loss
+from mplab.parallel.tensor import digest, has_cut_logits, parallel_loss
 from mplab.parallel.tensor_model import connect, tensor_parallel
 from mplab.parallel.tensor_plan import tensor_plan as known_plan
 from mplab.parallel.tensor_state import (
@@ -38,7 +38,6 @@ from mplab.parallel.tied import TiedWeights
 from mplab.parallel.whole_state import Slice
 from mplab.plan.layout import Plan
 from mplab.plan.partition import stage_bounds
-from mplab.plan.schedule import build
 
 
 class HybridParallel:
@@ -80,16 +79,26 @@ class HybridParallel:
         check_training(model, loss_fn, optimizer, plan.num_microbatches, max_norm, None)
         check_plan(model, comm.size, plan, loss_fn, tensor_plan)
         check_agreement(
-            comm, {"plan": plan.to_json(), "max_norm": max_norm, "tensor_plan": tensor_plan, **described(model)}
+            comm,
+            {
+                "plan": plan.to_json(),
+                "max_norm": max_norm,
+                "tensor_plan": None if tensor_plan is None else dict(tensor_plan),
+                "parameters": described(model),
+            },
         )
         self.plan, self.loss_fn, self.max_norm, self.num_steps = plan, loss_fn, max_norm, 0
         first_names = {p: name for name, p in model.named_parameters()}
-        self.names = set(model.state_dict())
+        self._shapes = {key: value.shape for key, value in model.state_dict().items()}
+        self._buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        self.names = set(self._shapes)
         self.tied = {name: first_names[p] for name, p in model.named_parameters(remove_duplicate=False)}
         self.comm, self.axes = comm, Mesh(plan.dp, plan.pp, plan.tp).connect(comm)
-        self.schedule = build(plan.schedule, plan.pp, plan.num_microbatches)
+        self.schedule = plan_schedule(plan)
 
-        self._has_cut_logits = plan.tp > 1 and has_cut_logits(model, tensor_plan or known_plan(model), loss_fn)
+        self._has_cut_logits = plan.tp > 1 and has_cut_logits(
+            model, known_plan(model) if tensor_plan is None else tensor_plan, loss_fn
+        )
 
         # Tensor inside stage inside replica: layers are cut, then shared out, and each rank's share is replicated.
         cut = model
@@ -171,7 +180,10 @@ class HybridParallel:
 
         **Communication**: an all_gather of each parameter that is cut, a broadcast of all of a stage.
         """
-        return self._collect(full_state_dict) if self._sharded is None else self._sharded.full_state_dict()
+        if self._sharded is not None:
+            return self._sharded.full_state_dict()
+        whole, dp = self._collect(full_state_dict), self.axes.dp
+        return {key: dp.broadcast(x) if key in self._buffers else x for key, x in whole.items()}
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The gradients of the last step as the whole model has them, by name, on every rank; after clipping.
@@ -214,6 +226,12 @@ class HybridParallel:
         if state.keys() != self._rank_of.keys():
             other = sorted(state.keys() ^ self._rank_of.keys())[:5]
             raise MplabError(f"the state has not the model's names, which differ in {other}: load its own")
+        for key, shape in self._shapes.items():
+            if state[key].shape != shape:  # of all stages, before this rank changes one
+                raise MplabError(
+                    f"{key} has shape {tuple(state[key].shape)} in the state, and {tuple(shape)} in the model: load "
+                    "the state of a model of the same sizes"
+                )
         for stage in self.stages.values():
             load_full_state_dict(stage, self.axes.tp, {key: state[key] for key in stage.state_dict()})
 
@@ -261,15 +279,18 @@ class HybridParallel:
             The mean loss over the batch's samples, before the update; the same on every rank.
 
         Raises:
-            MplabError: inputs and targets of different lengths, or fewer samples than replicas and micro-batches need.
+            MplabError: inputs and targets of different lengths, or fewer samples than replicas and micro-batches need;
+                in the first step, batches that differ between the ranks.
             NonFiniteGradient: a gradient of this rank has a NaN or an Inf.
 
         **Communication**: tensor axis: that of the cut layers, for each micro-batch; pipeline axis: activations and
         their gradients, tied weights' gradients (all_reduce), the loss (broadcast); data axis: gradients (all_reduce,
-        or with ZeRO reduce_scatter, and all_gather of weights) and a closing all_reduce; with `max_norm` one of 8 bytes
-        over all ranks.
+        or with ZeRO reduce_scatter, and all_gather of weights) and a closing all_reduce; over all ranks with `max_norm`
+        an all_reduce of 8 bytes, and in the first step an all_gather of 8.
         """
         num_samples, num_parts = check_batch(batch), self.plan.num_microbatches
+        if not self.num_steps:
+            check_agreement(self.comm, {"the first batch": [*(list(x.shape) for x in batch), digest(batch)]})
         if num_samples // self.plan.dp < num_parts:
             needed = self.plan.dp * num_parts
             raise MplabError(
@@ -277,8 +298,9 @@ class HybridParallel:
                 f"every micro-batch needs one sample or more; take {needed} samples or more, or fewer micro-batches"
             )
         if self._sharded is not None:
+            mean = self._sharded.step(batch)
             self.num_steps += 1
-            return self._sharded.step(batch)
+            return mean
         inputs, targets = (tensor.to(self.comm.device) for tensor in shard(batch, self.axes.dp))
         last = self.schedule.num_stages - 1
         interpreter = Interpreter(

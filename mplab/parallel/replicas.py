@@ -77,8 +77,8 @@ class Replicas:
                 gradient = flat.take_gradient()
                 if (name := flat.not_finite(gradient)) is not None:
                     raise NonFiniteGradient(
-                        f"{where}: the gradient of {name} has a NaN or an Inf; no weight was changed. Look at this "
-                        "rank's samples, lower the learning rate, or clip with max_norm"
+                        f"{where}: the gradient of {name} has a NaN or an Inf; no weight of this rank was changed. "
+                        "Look at its samples, lower the learning rate, or clip with max_norm"
                     )
                 chunks.append(self.comm.ireduce_scatter(gradient))
             unused = {i for i, is_used in enumerate(self._flags()) if not is_used}

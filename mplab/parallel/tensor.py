@@ -135,7 +135,7 @@ class TensorParallel:
         """
         num_samples = check_batch(batch, self.num_microbatches)
         if not self.num_steps:
-            check_agreement(self.comm, {"the first batch": [*(list(x.shape) for x in batch), _digest(batch)]})
+            check_agreement(self.comm, {"the first batch": [*(list(x.shape) for x in batch), digest(batch)]})
         self.optimizer.zero_grad()
         inputs, targets = (tensor.to(self.comm.device) for tensor in batch)
         span, losses = self.comm.trace.span, []
@@ -209,6 +209,7 @@ def parallel_loss(outputs: Any, targets: Tensor, loss_fn: LossFunction, comm: Co
     return vocab_parallel_cross_entropy(logits, targets, comm) if is_cut else cross_entropy(logits, targets)
 
 
-def _digest(batch: Batch) -> str:
+def digest(batch: Batch) -> str:
+    """What tells two batches apart."""
     raw = [tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for tensor in batch]
     return hashlib.blake2b(b"".join(raw), digest_size=8).hexdigest()

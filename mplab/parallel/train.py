@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import statistics
-import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +13,9 @@ from torch import nn
 from mplab.datasets import Digits, Text, digits, text
 from mplab.errors import MplabError
 from mplab.models import GPT, MLP, GPTConfig
-from mplab.parallel.parallelize import parallelize
 from mplab.parallel.serial import Serial
-from mplab.plan.layout import Plan
-from mplab.trace.units import format_s
-from mplab.world import World
-from mplab.world.join import VARIABLES
-from mplab.world.launch import ProcessWorld
+from mplab.parallel.train_plan import by_plan
 from mplab.world.progress import progress
-
-SAME_LOSS = 1e-3  # relative: in float32 rounding grows with every step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,12 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise MplabError(f"--{name} {getattr(arguments, name)}: must be 1 or more")
     if not 0 < arguments.lr < math.inf:
         raise MplabError(f"--lr {arguments.lr}: must be above 0, and finite")
-    for name in ("check_serial", "trace"):
+    for name in ("check_serial", "trace", "save", "resume"):
         if getattr(arguments, name) and not arguments.plan:
             raise MplabError(f"--{name.replace('_', '-')} is for training by a plan: give --plan FILE too")
+    if arguments.every is not None and (arguments.every < 1 or not arguments.save):
+        what = "give --save DIR too" if arguments.every > 0 else "must be 1 or more"
+        raise MplabError(f"--every {arguments.every}: {what}")
     data, model = make(arguments)
     if arguments.plan:
-        return by_plan(arguments, data, model)
+        kind = arguments.device if arguments.device == "auto" else find_device(arguments.device).type
+        return by_plan(arguments, data, model, kind, f"{describe(data)}; {describe(model)}")
     device = find_device(arguments.device)
     print(f"{describe(data)}; {describe(model)} on {device}", flush=True)
     serial = Serial(model.to(device), torch.optim.AdamW(model.parameters(), lr=arguments.lr))
@@ -54,54 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"first loss {losses[0]:.4f}, last loss {losses[-1]:.4f} after {len(losses)} steps, ", end="", flush=True)
     print(f"held-out loss {serial.evaluate(data.validation()):.4f}")
     return 0
-
-
-def by_plan(arguments: argparse.Namespace, data: Text | Digits, model: nn.Module) -> int:
-    """Train on the ranks of a plan; under a launcher this process is one of them, and rank 0's prints.
-
-    Returns:
-        The exit status: 1 where the losses differ from those of serial training.
-    """
-    plan = Plan.load(arguments.plan)
-    is_launched = all(os.environ.get(name) for name in VARIABLES)
-    kind = arguments.device if arguments.device == "auto" else find_device(arguments.device).type
-    world = World.from_env() if is_launched else World(plan.num_ranks, kind)
-    is_first = not isinstance(world, ProcessWorld) or world.rank.index == 0
-    say = print if is_first else _say_nothing
-    say(f"{describe(data)}; {describe(model)}\n{plan}\n{world}", flush=True)
-    optimizer = partial(torch.optim.AdamW, lr=arguments.lr)
-    trained = parallelize(model, world, plan, optimizer=optimizer)
-    losses, times_s = [], []
-    for batch in progress(data.batches(arguments.steps), arguments.steps, "train", "step"):
-        start_s = time.perf_counter()
-        losses.append(trained.step(batch))
-        times_s.append(time.perf_counter() - start_s)
-        if not math.isfinite(losses[-1]):
-            raise MplabError(f"the loss of step {len(losses)} is {losses[-1]}: lower --lr, which is {arguments.lr}")
-    say(f"first loss {losses[0]:.4f}, last loss {losses[-1]:.4f} after {len(losses)} steps, ", end="")
-    say(f"{format_s(statistics.median(times_s))} a step (median)", flush=True)
-    if arguments.trace:
-        arguments.trace.mkdir(parents=True, exist_ok=True)
-        path = arguments.trace / "last_step.json"
-        timeline = world.timeline
-        if is_first:
-            timeline.save(path)
-        say(f"the last step's timeline: {path}")
-    if not arguments.check_serial:
-        return 0
-    serial = Serial(model, optimizer(model.parameters()))
-    expected = [serial.step(batch) for batch in data.batches(arguments.steps)]
-    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
-    is_same = worst <= SAME_LOSS
-    say(
-        f"against serial training: the losses differ by {worst:.1e} at most, "
-        f"{'as rounding does' if is_same else f'more than {SAME_LOSS:g}, the most that rounding is taken for'}"
-    )
-    return 0 if is_same else 1
-
-
-def _say_nothing(*words: object, **options: object) -> None:
-    pass
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -125,6 +70,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan", help="a JSON file that Plan.save wrote: train on as many ranks as it has")
     parser.add_argument("--check-serial", action="store_true", help="with --plan: compare with serial training")
     parser.add_argument("--trace", type=Path, help="with --plan: a folder for the last step's timeline (Chrome trace)")
+    parser.add_argument("--save", type=Path, help="with --plan: a folder for checkpoints")
+    parser.add_argument("--every", type=int, help="with --save: steps between two checkpoints (at the end only)")
+    parser.add_argument("--resume", type=Path, help="with --plan: go on after the newest checkpoint in this folder")
     return parser.parse_args(argv)
 
 

@@ -85,15 +85,15 @@ def whole_optimizer_state(
                 yield from merge({f"{s.name}/{key}": whole}, {f"{s.name}/{key}": s.cut} if s.cut else {}, tp).items()
 
 
-def put_optimizer_state(
+def local_optimizer_state(
     slices: list[Slice],
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer,
     keys_of: Mapping[str, list[str]],
     read: Callable[[str], Tensor],
     groups: list[dict[str, Any]],
     tp: Communicator,
-) -> None:
-    """Give the optimizer what it has to remember of this rank's pieces.
+) -> dict[str, Any]:
+    """What the optimizer has to remember of this rank's pieces, as its `load_state_dict` takes it.
 
     Args:
         slices: of this rank.
@@ -106,8 +106,6 @@ def put_optimizer_state(
     Raises:
         CheckpointError: a size that is not the model's.
     """
-    if optimizer is None:
-        return
     saved = optimizer.state_dict()
     order = [p for group in optimizer.param_groups for p in group["params"]]
     index_of = {p: i for i, p in enumerate(order)}
@@ -125,16 +123,25 @@ def put_optimizer_state(
             if part.shape != s.shape:
                 raise CheckpointError(f"{s.name}/{key} has shape {tuple(whole.shape)}: it is of another model")
             of_piece[key] = part if s.bounds is None else part.reshape(-1)[slice(*s.bounds)]
-    new_groups = [{**group, **kept} for group, kept in zip(saved["param_groups"], groups, strict=False)]
-    optimizer.load_state_dict({"state": state, "param_groups": new_groups})
+    new_groups = [
+        {key: _like(group.get(key), value) for key, value in {**group, **kept}.items()}
+        for group, kept in zip(saved["param_groups"], groups, strict=True)
+    ]
+    return {"state": state, "param_groups": new_groups}
 
 
-def settings_of(optimizer: torch.optim.Optimizer | None) -> list[dict[str, Any]]:
-    """The optimizer's groups without their parameters, as JSON can write them."""
+def settings_of(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """The optimizer's name, and its groups without their parameters, as JSON can write them; None: it has no groups."""
     if optimizer is None:
-        return []
+        return {"name": "", "groups": []}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return [{key: _plain(value) for key, value in group.items()} for group in groups]
+    plain = [{key: _plain(value) for key, value in group.items()} for group in groups]
+    return {"name": type(optimizer).__name__, "groups": plain}
+
+
+def _like(mine: Any, value: Any) -> Any:
+    """A setting of a checkpoint, as a tensor where it is one: a learning rate may be."""
+    return mine.new_tensor(value) if isinstance(mine, Tensor) and not isinstance(value, Tensor) else value
 
 
 def _plain(value: Any) -> Any:
@@ -152,7 +159,13 @@ def _described(s: Slice, state: Mapping[Any, Any]) -> dict[str, list[Any]]:
         if value is None:  # a momentum of 0
             continue
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-        kinds[key] = [str(tensor.dtype).removeprefix("torch."), tensor.shape == s.piece.shape and bool(s.shape)]
+        is_elementwise = tensor.shape == s.piece.shape and bool(s.shape)
+        if not is_elementwise and tensor.numel() != 1:
+            raise CheckpointError(
+                f"the optimizer remembers {key} of shape {tuple(tensor.shape)} of {s.name}, of shape "
+                f"{tuple(s.piece.shape)}: it can't be saved unless it has a value for each element, as SGD and Adam do"
+            )
+        kinds[key] = [str(tensor.dtype).removeprefix("torch."), is_elementwise]
     return kinds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,9 @@ class Plan:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 yield f"{name}={value!r}: must be a whole number, 1 or more"
-        if self.schedule not in ORDERS:
+        if not isinstance(self.schedule, str) or self.schedule not in ORDERS:
             yield f"schedule={self.schedule!r}: there are {', '.join(ORDERS)}"
-        if isinstance(self.zero, bool) or self.zero not in (0, 1, 2, 3):
+        if not isinstance(self.zero, int) or isinstance(self.zero, bool) or self.zero not in (0, 1, 2, 3):
             yield f"zero={self.zero!r}: must be 0 (nothing sharded), 1, 2 or 3"
         elif self.zero > 1 and isinstance(self.pp, int) and self.pp > 1:
             yield (
@@ -87,6 +88,8 @@ class Plan:
             and all(isinstance(cut, int) and not isinstance(cut, bool) for cut in self.cuts)
         ):
             yield f"cuts={self.cuts!r}: must be whole numbers, the first layer of every stage but the first, or None"
+        elif self.cuts and self.pp == 1:
+            yield f"cuts={self.cuts} with pp=1: one rank has all layers; leave the cuts out, or take pp of 2 or more"
 
     # -- as text -------------------------------------------------------------------------------------------------------
 
@@ -112,7 +115,7 @@ class Plan:
         return json.dumps(kept)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str | bytes) -> Plan:
         """The plan that `to_json` wrote, or that a person did.
 
         Raises:
@@ -143,7 +146,7 @@ class Plan:
         """
         if not Path(path).is_file():
             raise MplabError(f"{path} is no file: give the path of a plan, as Plan.save writes it")
-        return cls.from_json(Path(path).read_text())
+        return cls.from_json(Path(path).read_bytes())
 
 
 def refuse(faults: Iterator[str], what: str) -> None:
@@ -152,6 +155,6 @@ def refuse(faults: Iterator[str], what: str) -> None:
     Raises:
         MplabError: a line for each.
     """
-    found = list(faults)
+    found = list(dict.fromkeys(faults))
     if found:
-        raise MplabError(f"{what}:\n" + "\n".join(f"  {fault}" for fault in found))
+        raise MplabError(f"{what}:\n" + "\n".join(textwrap.indent(fault, "  ") for fault in found))

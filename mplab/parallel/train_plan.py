@@ -1,0 +1,139 @@
+"""`python -m mplab train --plan`: training on the ranks of a plan, saved, gone on with, and held to serial training."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mplab.datasets import Digits, Text
+from mplab.errors import CheckpointError, MplabError
+from mplab.parallel.checkpoint_files import Checkpoint
+from mplab.parallel.parallelize import parallelize
+from mplab.parallel.serial import Serial
+from mplab.plan.layout import Plan
+from mplab.trace.units import format_s
+from mplab.world import World
+from mplab.world.join import VARIABLES
+from mplab.world.launch import ProcessWorld
+from mplab.world.progress import progress
+
+SAME_LOSS = 1e-3  # relative: in float32 rounding grows with every step
+# What must be as it was for training to go on as if it had never stopped, beside what a checkpoint has in itself.
+KEPT = ("data", "batch_size", "sequence", "width", "layers", "heads", "lr", "seed")
+
+
+def by_plan(
+    arguments: argparse.Namespace, data: Text | Digits, model: nn.Module, device_type: str, description: str
+) -> int:
+    """Train on the ranks of a plan; under a launcher this process is one of them, and rank 0's prints.
+
+    Args:
+        arguments: of the command line.
+        data: what to train on.
+        model: what to train; it is trained serially where the two are compared.
+        device_type: "auto", "cpu" or "cuda".
+        description: of data and model, to print.
+
+    Returns:
+        The exit status: 1 where the losses differ from those of serial training.
+    """
+    plan = Plan.load(arguments.plan)
+    settings = {name: getattr(arguments, name) for name in KEPT} | {"samples": data.num_training}
+    settings["data"] = Path(arguments.data).name  # the file may lie elsewhere on another machine
+    start = _saved_step(arguments.resume, settings) if arguments.resume else 0
+    if arguments.save:
+        _make_room(arguments.save, start)
+    is_launched = all(os.environ.get(name) for name in VARIABLES)
+    world = World.from_env() if is_launched else World(plan.num_ranks, device_type)
+    is_first = not isinstance(world, ProcessWorld) or world.rank.index == 0
+    say = print if is_first else _say_nothing
+    say(f"{description}\n{plan}\n{world}", flush=True)
+    optimizer = partial(torch.optim.AdamW, lr=arguments.lr)
+    trained = parallelize(model, world, plan, optimizer=optimizer)
+    if arguments.resume:
+        trained.load(arguments.resume)
+        say(f"goes on after step {trained.num_steps} of {arguments.resume}", flush=True)
+    losses, times_s = [], []
+    for batch in progress(data.batches(arguments.steps, start), arguments.steps, "train", "step"):
+        start_s = time.perf_counter()
+        losses.append(trained.step(batch))
+        times_s.append(time.perf_counter() - start_s)
+        if not math.isfinite(losses[-1]):
+            raise MplabError(
+                f"the loss of step {trained.num_steps} is {losses[-1]}: lower --lr, which is {arguments.lr}"
+            )
+        is_last = len(losses) == arguments.steps
+        if arguments.save and (is_last or (arguments.every and trained.num_steps % arguments.every == 0)):
+            saved = trained.save(arguments.save, {"settings": settings})
+    say(f"first loss {losses[0]:.4f}, last loss {losses[-1]:.4f} after {trained.num_steps} steps, ", end="")
+    say(f"{format_s(statistics.median(times_s))} a step (median)", flush=True)
+    if arguments.save:
+        say(f"the last checkpoint: {saved}")
+    if arguments.trace:
+        arguments.trace.mkdir(parents=True, exist_ok=True)
+        path = arguments.trace / "last_step.json"
+        timeline = world.timeline
+        if is_first:
+            timeline.save(path)
+        say(f"the last step's timeline: {path}")
+    if not arguments.check_serial:
+        return 0
+    serial = Serial(model, optimizer(model.parameters()))
+    expected = [serial.step(batch) for batch in data.batches(trained.num_steps)][start:]
+    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+    is_same = worst <= SAME_LOSS
+    say(
+        f"against serial training: the losses differ by {worst:.1e} at most, "
+        f"{'as rounding does' if is_same else f'more than {SAME_LOSS:g}, the most that rounding is taken for'}"
+    )
+    return 0 if is_same else 1
+
+
+def _say_nothing(*words: object, **options: object) -> None:
+    pass
+
+
+def _saved_step(folder: Path, settings: dict[str, Any]) -> int:
+    """The steps that were taken when the newest checkpoint in a folder was saved, by the same settings.
+
+    Raises:
+        MplabError: it was saved by others, and the data would not go on where it was.
+    """
+    saved = Checkpoint(folder, is_checked=True)
+    kept = saved.manifest["position"].get("settings")
+    if kept is None:
+        raise MplabError(f"--resume {folder}: {saved.folder} does not say on what data: it was not saved by --save")
+    other = {name: value for name, value in kept.items() if value != settings.get(name)}
+    if other:
+        theirs = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in other.items())
+        mine = ", ".join(f"{name.replace('_', '-')} {settings.get(name)}" for name in other)
+        raise MplabError(f"--resume {folder}: it was trained with {theirs}, and this is {mine}: give the same")
+    return int(saved.manifest["step"])
+
+
+def _make_room(folder: Path, start: int) -> None:
+    """A folder for what is saved after the step `start`, before any work that could be lost.
+
+    Raises:
+        MplabError: it has later checkpoints, which are never written over.
+        CheckpointError: it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--save {folder}: no checkpoint can be written there ({error})") from None
+    last = max((int(number) for path in folder.glob("step-*") if (number := path.name[5:]).isdigit()), default=0)
+    if last > start:
+        raise MplabError(
+            f"--save {folder}: it has a checkpoint of step {last} already, and this training begins after step "
+            f"{start}: go on from there with --resume {folder}, or give another folder"
+        )

@@ -1,0 +1,324 @@
+"""What of a GPT a rank has under a plan: its layers, what it sends of them on each axis, and what it must hold.
+
+Where the ranks of an axis differ, as stages do, figures are those of the rank with the most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mplab.errors import MplabError
+from mplab.plan.data import data_parallel_traffic, sharded_traffic, total_traffic
+from mplab.plan.layout import Plan, refuse
+from mplab.plan.partition import by_parameters, check_cuts, stage_bounds
+from mplab.plan.pipeline_time import most_held, most_recomputed
+from mplab.plan.traffic import Traffic, chunk_lengths, direct_traffic
+from mplab.plan.transformer import Transformer, layer_loads, parameter_lengths
+from mplab.plan.zero import Memory, peak, zero_moments
+
+BUCKET_BYTES = 25 << 20  # `DataParallel`'s
+Array = NDArray[Any]
+_NONE = Traffic(0, 0, 0, 0)
+_COUNT_BYTES = 8  # of a float64
+
+
+class Stages(NamedTuple):
+    """How the layers are cut and shared out: stage s is on rank s % pp of the pipeline axis."""
+
+    model: Transformer
+    tp: int
+    pp: int
+    num_stages: int
+    cuts: tuple[int, ...] | None
+
+
+class Share(NamedTuple):
+    """What of a plan decides on a rank's layers, and on one micro-batch of them."""
+
+    stages: Stages
+    size: int  # samples of a micro-batch
+    sequence_parallel: bool
+
+    @property
+    def model(self) -> Transformer:
+        """Whose layers."""
+        return self.stages.model
+
+    @property
+    def tp(self) -> int:
+        """Ranks that each layer is cut over."""
+        return self.stages.tp
+
+    @property
+    def pp(self) -> int:
+        """Ranks that the stages are shared out among."""
+        return self.stages.pp
+
+
+def share_of(plan: Plan, model: Transformer, batch: int) -> Share:
+    """Refuses what can't be."""
+    refuse(_faults(plan, model, batch), f"this plan ({plan}) does not fit")
+    size = -(-batch // (plan.dp * plan.num_microbatches))
+    return Share(Stages(model, plan.tp, plan.pp, plan.num_stages, plan.cuts), size, plan.sequence_parallel)
+
+
+def _faults(plan: Plan, model: Transformer, batch: int) -> Iterator[str]:
+    num_layers, needed = model.num_layers + 2, plan.dp * plan.num_microbatches
+    if batch < needed:
+        yield (
+            f"a batch of {batch!r} samples for {plan.dp} replicas with {plan.num_microbatches} micro-batches each: "
+            f"take {needed} samples or more, or fewer micro-batches"
+        )
+    for what, number in (("heads", model.num_heads), ("tokens in the vocabulary", model.vocab_size)):
+        if number % plan.tp:
+            yield f"tp={plan.tp} does not divide {number} {what}: each rank has as many"
+    if plan.sequence_parallel and plan.tp == 1:
+        yield "sequence_parallel with tp=1: there is nobody to share the sequence with; take tp of 2"
+    elif plan.sequence_parallel and model.context_length % plan.tp:
+        yield f"tp={plan.tp} does not divide a sequence of {model.context_length} tokens, as sequence parallelism does"
+    if plan.num_stages > num_layers:
+        yield f"{plan.num_stages} stages of {num_layers} layers: every stage has one layer or more; take a smaller pp"
+    elif plan.cuts is not None:
+        try:
+            check_cuts(plan.cuts, _names(model), plan.num_stages)
+        except MplabError as error:
+            yield str(error)
+
+
+def _names(model: Transformer) -> list[str]:
+    return ["embedding", *(f"blocks.{i}" for i in range(model.num_layers)), "head"]
+
+
+@lru_cache(maxsize=1024)
+def bounds(stages: Stages) -> list[tuple[int, int]]:
+    """(first layer, one after the last) of each stage."""
+    cuts = stages.cuts
+    if cuts is None:
+        sizes = [sum(lengths) for lengths in parameter_lengths(stages.model, stages.tp)]
+        cuts = by_parameters(sizes, stages.num_stages).cuts
+    return stage_bounds(cuts, stages.model.num_layers + 2)
+
+
+@lru_cache(maxsize=1024)
+def _kinds(stages: Stages) -> Array:
+    """How many embeddings, blocks and heads each stage has: (stages, 3)."""
+    last = stages.model.num_layers + 1
+    return np.array([(a == 0, min(b, last) - max(a, 1), b > last) for a, b in bounds(stages)], dtype=np.int64)
+
+
+def of_stages(stages: Stages, of_kinds: Sequence[float]) -> Array:
+    """What each stage has, from what an embedding, a block and a head have: (stages of a rank, pp)."""
+    sums: Array = _kinds(stages) @ np.array(of_kinds)
+    return sums.reshape(-1, stages.pp)
+
+
+@lru_cache(maxsize=1 << 14)
+def output_bytes(share: Share) -> tuple[int, ...]:
+    """Of what each stage but the last hands on; sequence parallelism begins at the first block."""
+    model = share.model
+    whole = share.size * model.context_length * model.width * model.item_bytes
+    part = whole // share.tp if share.sequence_parallel else whole
+    return tuple(whole if end == 1 else part for _, end in bounds(share.stages)[:-1])
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def cut_traffic(name: str, num_ranks: int, length: int, item_bytes: int) -> Traffic:
+    """What the first rank has in a collective whose blocks are the chunks of `length` elements."""
+    return direct_traffic(name, 0, [n * item_bytes for n in chunk_lengths(length, num_ranks)])
+
+
+@lru_cache(maxsize=1 << 14)
+def tensor_bytes(share: Share, recompute: bool) -> int:
+    """On the tensor axis, for one micro-batch: of the rank that sends the most."""
+    loads = layer_loads(share.model, share.size, share.tp, share.sequence_parallel)
+    sent = [(1 + recompute) * load.forward.sent_bytes + load.backward.sent_bytes for load in loads]
+    return int(of_stages(share.stages, sent).sum(0).max())
+
+
+def partial_gradients(share: Share, plan: Plan) -> Traffic:
+    """With sequence parallelism: the gradients of what is not cut, once a step; with ZeRO 2 and 3 a replica's part."""
+    if not plan.sequence_parallel:
+        return _NONE
+    length = _most_uncut(share.stages, plan.dp if plan.zero > 1 else 1)
+    return cut_traffic("all_reduce", plan.tp, length, share.model.item_bytes)
+
+
+@lru_cache(maxsize=4096)
+def _most_uncut(stages: Stages, num_chunks: int) -> int:
+    """Elements of norms, biases of rows and positions, which are whole on each rank of a tensor axis of 2 or more: the
+    most that a rank's chunks of its layers have.
+    """
+    layers, wholes = (sharded_layers(stages.model, tp)[0] for tp in (stages.tp, 1))
+    of_kinds = []
+    for lengths, whole_lengths in ((layers[i], wholes[i]) for i in (0, 1, -1)):
+        ends = np.cumsum([0, *lengths])
+        borders = np.cumsum([0, *chunk_lengths(sum(lengths), num_chunks)])[:, None]
+        shared = np.minimum(borders[1:], ends[1:]) - np.maximum(borders[:-1], ends[:-1])
+        of_kinds.append(shared.clip(0) @ np.equal(lengths, whole_lengths))
+    return max(int(of_stages(stages, of_chunk).sum(0).max()) for of_chunk in zip(*of_kinds, strict=True))
+
+
+def pipeline_sent(share: Share, num_microbatches: int) -> tuple[int, Traffic]:
+    """On the pipeline axis, of the rank that sends the most; and what of it comes at the end: the gradients of tied
+    weights between first and last stage, and the loss.
+    """
+    p, last = share.pp, share.stages.num_stages - 1
+    if p == 1:
+        return 0, _NONE
+    loss = direct_traffic("broadcast", p - 1, [_COUNT_BYTES] * p, p - 1)
+    tied = _NONE
+    if share.model.tied:
+        tied = cut_traffic(
+            "all_reduce", 2, share.model.vocab_size // share.tp * share.model.width, share.model.item_bytes
+        )
+    ends = [tied, *[_NONE] * (p - 2), total_traffic([tied, loss])]
+    outputs = (0, *output_bytes(share), 0)  # outputs[s]: before stage s
+    most = max(
+        num_microbatches * sum(outputs[s] + outputs[s + 1] for s in range(r, last + 1, p)) + end.sent_bytes
+        for r, end in enumerate(ends)
+    )
+    return most, ends[-1]
+
+
+@lru_cache(maxsize=4096)
+def _lengths(stages: Stages) -> list[tuple[int, ...]]:
+    """Elements of every parameter of each rank; a matrix that is tied on one rank counts once."""
+    layers = [*parameter_lengths(stages.model, stages.tp)]
+    if stages.model.tied and stages.pp == 1:
+        layers[-1] = layers[-1][:-1]
+    return [
+        tuple(n for start, end in bounds(stages)[r :: stages.pp] for layer in layers[start:end] for n in layer)
+        for r in range(stages.pp)
+    ]
+
+
+def sharded_layers(model: Transformer, tp: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """Parameters of each layer, and those that two layers have."""
+    layers = [*parameter_lengths(model, tp)]
+    if not model.tied:
+        return layers, ()
+    return [layers[0][1:], *layers[1:-1], layers[-1][:-1]], layers[0][:1]
+
+
+def data_traffic(share: Share, zero: int, dp: int, num_microbatches: int) -> Traffic:
+    """On the data axis, in a step: of the rank whose stages have the most parameters."""
+    once, more = _replicas_traffic(share.stages, zero, dp)
+    return Traffic(*(a + (num_microbatches - 1) * b for a, b in zip(once, more, strict=True)))
+
+
+@lru_cache(maxsize=4096)
+def _replicas_traffic(stages: Stages, zero: int, dp: int) -> tuple[Traffic, Traffic]:
+    """With one micro-batch, and what each further one adds."""
+    model, lengths = stages.model, max(_lengths(stages), key=sum)
+    if zero == 0:
+        return data_parallel_traffic(dp, 0, buckets(lengths, model.item_bytes), model.item_bytes), _NONE
+    if zero == 1:
+        return sharded_traffic(1, dp, 0, [lengths], model.item_bytes), _NONE
+    layers, shared = sharded_layers(model, stages.tp)
+    once, twice = (sharded_traffic(zero, dp, 0, layers, model.item_bytes, m, shared) for m in (1, 2))
+    return once, Traffic(*(b - a for a, b in zip(once, twice, strict=True)))
+
+
+def buckets(lengths: Sequence[int], item_bytes: int, bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
+    """Elements of the parameters of each bucket, as `DataParallel` fills them: the last parameters first.
+
+    Args:
+        lengths: elements of every parameter, in the model's order.
+        item_bytes: of one element.
+        bucket_bytes: a bucket has no more, unless it is of one parameter.
+    """
+    filled: list[list[int]] = []
+    for length in reversed(lengths):
+        if not filled or (sum(filled[-1]) + length) * item_bytes > bucket_bytes:
+            filled.append([])
+        filled[-1].append(length)
+    return filled
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory_of(plan: Plan, model: Transformer, batch: int) -> Memory:
+    """What the rank that needs the most must hold, at the moment when it does.
+
+    Weights, gradients, the optimizer's state, and activations of the micro-batches in flight. With ZeRO 1 gradients are
+    there twice while they are joined; with 2 and 3 it is the peak of `zero_moments`.
+
+    Args:
+        plan: how.
+        model: what is trained.
+        batch: samples of a step.
+
+    Raises:
+        MplabError: as `predict`.
+    """
+    share, dp = share_of(plan, model, batch), plan.dp
+    if plan.zero > 1:
+        return _sharded_memory(share, plan.zero, dp, plan.num_microbatches > 1)
+    elements = _elements(share.stages)
+    activations = _activations(share, plan.schedule, plan.num_microbatches, plan.recompute)
+    weights = elements * model.item_bytes
+    is_joined = plan.zero == 1 and dp > 1
+    state = (-(-elements // dp) if plan.zero else elements) * model.state_bytes
+    computing = 2 * weights + state + activations
+    joining = 3 * weights + state if is_joined else computing
+    worst = int(np.maximum(computing, joining).argmax())
+    w, s, a = int(weights[worst]), int(state[worst]), int(activations[worst])
+    return Memory(w, 2 * w, s, 0) if is_joined and w > a else Memory(w, w, s, a)
+
+
+@lru_cache(maxsize=1024)
+def _elements(stages: Stages) -> Array:
+    """Of each rank's parameters."""
+    return np.array([sum(lengths) for lengths in _lengths(stages)])
+
+
+@lru_cache(maxsize=1 << 14)
+def _activations(share: Share, schedule: str, num_microbatches: int, recompute: bool) -> Array:
+    """The most that each rank holds of them."""
+    loads = layer_loads(share.model, share.size, share.tp, share.sequence_parallel)
+    whole = of_stages(share.stages, [load.kept_bytes for load in loads])
+    held = _held(schedule, share.pp, num_microbatches)
+    if not recompute:
+        activations: Array = (held * whole).sum(0)
+        return activations
+    # the first stage's input is a part of the batch, which is there anyway
+    inputs = np.array([0, *output_bytes(share)]).reshape(-1, share.pp)
+    num_whole = [most_recomputed(schedule, r, num_microbatches) for r in range(share.pp)]
+    activations = (held * inputs).sum(0) + num_whole * (whole - inputs).max(0)
+    return activations
+
+
+@lru_cache(maxsize=4096)
+def _held(schedule: str, num_ranks: int, num_microbatches: int) -> Array:
+    """Micro-batches that each stage holds: (stages of a rank, ranks)."""
+    return np.array([most_held(schedule, num_ranks, r, num_microbatches) for r in range(num_ranks)]).T
+
+
+@lru_cache(maxsize=4096)
+def _sharded_memory(share: Share, zero: int, dp: int, is_accumulating: bool) -> Memory:
+    model = share.model
+    layers, shared = sharded_layers(model, share.tp)
+    embedding, block, head = layer_loads(model, share.size, share.tp, share.sequence_parallel)
+    kept = [embedding.kept_bytes, *[block.kept_bytes] * model.num_layers, head.kept_bytes]
+    sizes = (model.item_bytes, model.state_bytes, 0, shared)
+    memory = peak(zero_moments(layers, zero, dp, 0, kept, *sizes)).memory
+    if not is_accumulating:
+        return memory
+    # the gradients of the micro-batches before
+    chunks = sum(chunk_lengths(sum(layer), dp)[0] for layer in (*layers, shared)) * model.item_bytes
+    return replace(memory, gradients_bytes=memory.gradients_bytes + chunks)
+
+
+def num_updated(share: Share, plan: Plan) -> int:
+    """Weights that a rank updates."""
+    num = int(_elements(share.stages).max())
+    return -(-num // plan.dp) if plan.zero else num
