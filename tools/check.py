@@ -20,7 +20,7 @@ STEPS: dict[str, list[list[str]]] = {
         ["mypy"],
         ["lint-imports"],
     ],
-    "tests": [["pytest", "--durations=15", "--durations-min=1"]],
+    "tests": [["pytest", "--numprocesses=2", "--dist=loadfile", "--durations=15", "--durations-min=1"]],
     "labs": [["pytest", "--nbval", "labs", "--durations=10", "--durations-min=1"]],
 }
 
