@@ -686,7 +686,8 @@ def test_a_plan_trains_from_the_command_line(
 ) -> None:
     plan.save(tmp_path / "plan.json")
     arguments = [*TINY, "--data", data, "--device", "cpu", "--plan", str(tmp_path / "plan.json")]
-    status = command_line.main([*arguments, "--check-serial", "--trace", str(tmp_path / "new" / "folder")])
+    arguments += ["--save", str(tmp_path / "runs"), "--trace", str(tmp_path / "new" / "folder")]
+    status = command_line.main([*arguments, "--check-serial"])
     said, errors = capsys.readouterr()
     assert status == 0, errors
     assert f"{plan}\n" in said
@@ -703,7 +704,7 @@ def test_a_plan_trains_from_the_command_line(
     assert str(trace) in said
     events = json.loads(trace.read_text())["traceEvents"]
     names = [(event.get("name"), event.get("pid"), event.get("tid")) for event in events]
-    assert sum(name == "update" for name, *_ in names) == plan.num_ranks  # the last step alone
+    assert sum(name == "update" for name, *_ in names) == plan.num_ranks  # the last step alone, and not what saved it
 
 
 @pytest.mark.usefixtures("no_notebook")

@@ -72,6 +72,8 @@ def by_plan(
                 f"the loss of step {trained.num_steps} is {losses[-1]}: lower --lr, which is {arguments.lr}"
             )
         is_last = len(losses) == arguments.steps
+        if is_last and arguments.trace:
+            timeline = world.timeline  # that of the step: to save is a run of its own
         if arguments.save and (is_last or (arguments.every and trained.num_steps % arguments.every == 0)):
             saved = trained.save(arguments.save, {"settings": settings})
     say(f"first loss {losses[0]:.4f}, last loss {losses[-1]:.4f} after {trained.num_steps} steps, ", end="")
@@ -81,7 +83,6 @@ def by_plan(
     if arguments.trace:
         arguments.trace.mkdir(parents=True, exist_ok=True)
         path = arguments.trace / "last_step.json"
-        timeline = world.timeline
         if is_first:
             timeline.save(path)
         say(f"the last step's timeline: {path}")
