@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from mplab import MplabError, Rank, World
-from mplab.bench import tensor, torch_tensor
+from mplab.bench import tensor, torch_data, torch_tensor
 from mplab.bench.common import Row
 from mplab.bench.tensor import CASES, Case
 from mplab.bench.torch_data import NUM_LAYERS, NUM_RANKS, Size
@@ -253,13 +253,13 @@ def test_times_of_a_process_begin_after_a_step_and_a_barrier(monkeypatch: pytest
             return 0.0
 
     monkeypatch.setattr(torch_tensor, "side", lambda *args: Steps())
-    monkeypatch.setattr(torch_tensor.dist, "barrier", lambda: order.append("barrier"))
+    monkeypatch.setattr(torch_data.dist, "barrier", lambda: order.append("barrier"))
 
     def clock() -> int:
         order.append("clock")
         return len(order)
 
-    monkeypatch.setattr(torch_tensor.time, "perf_counter_ns", clock)
+    monkeypatch.setattr(torch_data.time, "perf_counter_ns", clock)
     times = torch_tensor.stamps(0, "whole logits", "GPT", [*TINY], 2)
     assert order == ["step", "barrier", "clock", "step", "clock", "step", "clock"]
     assert times == [3, 5, 7]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -109,12 +109,16 @@ def losses(rank: int, kind: str, size: Sequence[int], num_steps: int) -> list[fl
 
 def stamps(rank: int, kind: str, size: Sequence[int], num_steps: int) -> list[int]:
     """When the start barrier ended for this rank, then each step (`perf_counter_ns`)."""
-    mine = side(rank, kind, "SGD", tuple(size))
-    mine.step()
+    return step_stamps(side(rank, kind, "SGD", tuple(size)).step, num_steps)
+
+
+def step_stamps(step: Callable[[], float], num_steps: int) -> list[int]:
+    """After a step to warm up and a barrier of all processes: when that ended, then each step (`perf_counter_ns`)."""
+    step()
     dist.barrier()
     times = [time.perf_counter_ns()]
     for _ in range(num_steps):
-        mine.step()
+        step()
         times.append(time.perf_counter_ns())
     return times
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mplab.bench import torch_data
-from mplab.bench.torch_data import LEARNING_RATE, NUM_LAYERS, Size
+from mplab.bench.torch_data import LEARNING_RATE, NUM_LAYERS, Size, step_stamps
 from mplab.bench.torch_tensor import bytes_of, plan_of
 from mplab.models import cross_entropy
 from mplab.models.gpt import Block
@@ -105,14 +103,7 @@ def losses(rank: int, peer: str, plan: str, size: Sequence[int], num_steps: int)
 
 def stamps(rank: int, peer: str, plan: str, size: Sequence[int], num_steps: int) -> list[int]:
     """When the start barrier ended for this rank, then each step (`perf_counter_ns`)."""
-    mine = side(rank, peer, plan, *size)
-    mine.step()
-    dist.barrier()
-    times = [time.perf_counter_ns()]
-    for _ in range(num_steps):
-        mine.step()
-        times.append(time.perf_counter_ns())
-    return times
+    return step_stamps(side(rank, peer, plan, *size).step, num_steps)
 
 
 def parameter_bytes(rank: int, peer: str, plan: str, size: Sequence[int]) -> int:

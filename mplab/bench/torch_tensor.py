@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -10,11 +9,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mplab.bench import torch_data
-from mplab.bench.torch_data import LEARNING_RATE, NUM_RANKS, Size
+from mplab.bench.torch_data import LEARNING_RATE, NUM_RANKS, Size, step_stamps
 from mplab.datasets import Batch
 from mplab.models import GPTConfig, cross_entropy, seed_parameters, seeded
 from mplab.models.gpt import FeedForward
@@ -140,14 +138,7 @@ def losses(rank: int, plan: str, kind: str, size: Sequence[int], num_steps: int)
 
 def stamps(rank: int, plan: str, kind: str, size: Sequence[int], num_steps: int) -> list[int]:
     """When the start barrier ended for this rank, then each step (`perf_counter_ns`)."""
-    mine = side(rank, plan, kind, *size)
-    mine.step()
-    dist.barrier()
-    times = [time.perf_counter_ns()]
-    for _ in range(num_steps):
-        mine.step()
-        times.append(time.perf_counter_ns())
-    return times
+    return step_stamps(side(rank, plan, kind, *size).step, num_steps)
 
 
 def parameter_bytes(rank: int, plan: str, kind: str, size: Sequence[int]) -> int:
