@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mplab.comm.communicator import Communicator
+from mplab.datasets import Batch
 from mplab.errors import MplabError
 
 
@@ -39,6 +40,19 @@ def check_agreement(comm: Communicator, settings: Mapping[str, Any]) -> None:
                 values = [{key: v for key, v in value.items() if key not in same} for value in values]
             lines += [f"  {name} on rank {rank}: {_short(value)}" for rank, value in enumerate(values)]
     raise MplabError("\n".join(lines))
+
+
+def check_same_batch(batch: Batch, comm: Communicator) -> None:
+    """Compare a batch that every rank must have been given, before the first step.
+
+    Raises:
+        MplabError: on every rank, where shapes or values differ.
+
+    **Communication**: that of `check_agreement`.
+    """
+    raw = [x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in batch]
+    digest = hashlib.blake2b(b"".join(raw), digest_size=8).hexdigest()
+    check_agreement(comm, {"the first batch": [*(list(x.shape) for x in batch), digest]})
 
 
 def exchange(said: Any, comm: Communicator) -> list[Any]:

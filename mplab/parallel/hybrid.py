@@ -14,7 +14,7 @@ from mplab.comm.mesh import Mesh
 from mplab.datasets import Batch, shard
 from mplab.errors import MplabError
 from mplab.models import Stage, cross_entropy, layers, tied_names
-from mplab.parallel.agree import check_agreement
+from mplab.parallel.agree import check_agreement, check_same_batch
 from mplab.parallel.backward import SplitBackward
 from mplab.parallel.check_plan import check_plan, plan_schedule, stage_cuts
 from mplab.parallel.cut import Cut, cuts_by_name, cuts_of
@@ -24,7 +24,7 @@ from mplab.parallel.replicas import Replicas
 from mplab.parallel.serial import LossFunction, check_batch
 from mplab.parallel.sharded_replicas import ShardedReplicas
 from mplab.parallel.shares import broadcast_state, check_same_rank, check_training, described
-from mplab.parallel.tensor import digest, has_cut_logits, parallel_loss
+from mplab.parallel.tensor import has_cut_logits, parallel_loss
 from mplab.parallel.tensor_model import connect, tensor_parallel
 from mplab.parallel.tensor_plan import tensor_plan as known_plan
 from mplab.parallel.tensor_state import (
@@ -290,7 +290,7 @@ class HybridParallel:
         """
         num_samples, num_parts = check_batch(batch), self.plan.num_microbatches
         if not self.num_steps:
-            check_agreement(self.comm, {"the first batch": [*(list(x.shape) for x in batch), digest(batch)]})
+            check_same_batch(batch, self.comm)
         if num_samples // self.plan.dp < num_parts:
             needed = self.plan.dp * num_parts
             raise MplabError(

@@ -13,7 +13,7 @@ from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.serial import LossFunction
 from mplab.parallel.sharded import ShardedDataParallel
 from mplab.parallel.tensor_model import connect
-from mplab.parallel.tensor_state import merge, partial_parameters, split
+from mplab.parallel.tensor_state import merge, partial_parameters, split, sum_in_place
 from mplab.parallel.whole_state import Slice, slices_of
 
 
@@ -78,12 +78,7 @@ class ShardedReplicas(ShardedDataParallel):
         return slices_of(self._trained, self._cuts)
 
     def _finish_gradients(self) -> None:
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for p, grad in self._owned():
-            if p in self._partial:
-                by_dtype.setdefault(grad.dtype, []).append(grad)
-        for grads in by_dtype.values():
-            self._tp.all_reduce_coalesced_(grads)
+        sum_in_place((grad for p, grad in self._owned() if p in self._partial), self._tp)
         super()._finish_gradients()
 
     def _squares(self) -> Tensor:

@@ -7,7 +7,6 @@ rank 1:  x ─ f ─ A1 ─ GELU ─ B1 ─┘
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from mplab.comm.communicator import Communicator
 from mplab.datasets import Batch
 from mplab.errors import MplabError, NonFiniteGradient
 from mplab.models import cross_entropy
-from mplab.parallel.agree import check_agreement
+from mplab.parallel.agree import check_agreement, check_same_batch
 from mplab.parallel.cut import cuts_of
 from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.serial import LossFunction, check_batch
@@ -135,7 +134,7 @@ class TensorParallel:
         """
         num_samples = check_batch(batch, self.num_microbatches)
         if not self.num_steps:
-            check_agreement(self.comm, {"the first batch": [*(list(x.shape) for x in batch), digest(batch)]})
+            check_same_batch(batch, self.comm)
         self.optimizer.zero_grad()
         inputs, targets = (tensor.to(self.comm.device) for tensor in batch)
         span, losses = self.comm.trace.span, []
@@ -207,9 +206,3 @@ def parallel_loss(outputs: Any, targets: Tensor, loss_fn: LossFunction, comm: Co
     if loss_fn is not cross_entropy:
         return loss_fn(logits if is_cut else outputs, targets)
     return vocab_parallel_cross_entropy(logits, targets, comm) if is_cut else cross_entropy(logits, targets)
-
-
-def digest(batch: Batch) -> str:
-    """What tells two batches apart."""
-    raw = [tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for tensor in batch]
-    return hashlib.blake2b(b"".join(raw), digest_size=8).hexdigest()

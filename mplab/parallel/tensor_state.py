@@ -49,15 +49,26 @@ def sum_gradients(parameters: Iterable[nn.Parameter], comm: Communicator) -> Non
 
     **Communication**: one all_reduce_coalesced_ for each dtype.
     """
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    grads = []
     for p in parameters:
         if p.grad is None:
             continue
         if is_shared(p.grad):  # in place, another gradient in the same memory would be counted twice
             p.grad = p.grad.clone()
-        by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-    for grads in by_dtype.values():
-        comm.all_reduce_coalesced_(grads)
+        grads.append(p.grad)
+    sum_in_place(grads, comm)
+
+
+def sum_in_place(xs: Iterable[Tensor], comm: Communicator) -> None:
+    """Make each tensor the sum over all ranks; no two may share memory.
+
+    **Communication**: one all_reduce_coalesced_ for each dtype.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for x in xs:
+        by_dtype.setdefault(x.dtype, []).append(x)
+    for of_dtype in by_dtype.values():
+        comm.all_reduce_coalesced_(of_dtype)
 
 
 def full_state_dict(model: nn.Module, comm: Communicator) -> dict[str, Tensor]:
