@@ -16,7 +16,7 @@ from mplab.errors import CheckpointError
 from mplab.parallel.agree import exchange
 from mplab.parallel.cut import Cut
 from mplab.parallel.flat import Flat
-from mplab.parallel.tensor_state import merge, split
+from mplab.parallel.tensor_state import split
 
 
 class Slice(NamedTuple):
@@ -54,7 +54,7 @@ def whole_weights(
     **Communication**: an all_gather of each that is cut.
     """
     for name, tensor in local.items():
-        yield from merge({name: tensor}, cuts, tp).items()
+        yield name, _merged(tensor.detach(), cuts.get(name), tp)
 
 
 def whole_optimizer_state(
@@ -78,11 +78,14 @@ def whole_optimizer_state(
                 yield f"{s.name}/{key}", _number(value, kind, dp)
             elif s.bounds is None:
                 assert value is not None
-                yield from merge({f"{s.name}/{key}": value}, {f"{s.name}/{key}": s.cut} if s.cut else {}, tp).items()
+                yield f"{s.name}/{key}", _merged(value, s.cut, tp)
             else:
                 part = torch.empty(0, dtype=kind, device=dp.device) if value is None else value
-                whole = dp.all_gather(part).view(s.shape)
-                yield from merge({f"{s.name}/{key}": whole}, {f"{s.name}/{key}": s.cut} if s.cut else {}, tp).items()
+                yield f"{s.name}/{key}", _merged(dp.all_gather(part).view(s.shape), s.cut, tp)
+
+
+def _merged(x: Tensor, cut: Cut | None, tp: Communicator) -> Tensor:
+    return x.clone() if cut is None else cut.merge(x, tp)
 
 
 def local_optimizer_state(
