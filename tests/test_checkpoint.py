@@ -332,6 +332,18 @@ def test_what_was_trained_meanwhile_is_forgotten(saved: Callable[..., Path]) -> 
     assert trained.steps(batches()[BEFORE:]) == pytest.approx(serial("gpt", "adamw")[0][BEFORE:], abs=TOLERANCE)
 
 
+def test_each_file_is_compared_with_the_manifest_once(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, digest = saved("2x2x1"), files._sha256
+    seen: list[str] = []
+    monkeypatch.setattr(files, "_sha256", lambda path: (seen.append(path.name), digest(path))[1])
+    for plan in ("1", "2x2x1"):
+        seen.clear()
+        lay_out(plan, gpt(seed=7)).load(root)
+        assert sorted(seen) == [f"rank-{rank:05d}.safetensors" for rank in range(4)]
+
+
 def test_settings_that_changed_are_kept(tmp_path: Path) -> None:
     """A learning rate that was lowered on the way stays low, whatever the new optimizer was made with."""
     model = gpt()

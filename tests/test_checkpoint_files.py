@@ -402,7 +402,7 @@ def test_a_name_that_its_file_has_not_is_refused(tmp_path: Path) -> None:
 def test_files_that_were_compared_already_are_not_read_again(tmp_path: Path) -> None:
     """One rank compares them for all; what is cut since then is refused when it is read."""
     damage(save(tmp_path, 1) / SHARD, lambda x: x[:-1])
-    saved = files.Checkpoint(tmp_path, is_checked=True)
+    saved = files.Checkpoint(tmp_path, check=None)
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors: 0\.a can't be read"):
         saved.read("0.a")
     assert saved.read("1.a").tolist() == [1.0] * 4
@@ -420,7 +420,7 @@ def test_no_file_outside_of_the_folder_is_read(form: str, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="is missing: take another checkpoint"):
         files.Checkpoint(root)
     with pytest.raises(CheckpointError):
-        files.Checkpoint(root, is_checked=True).read("0.a")
+        files.Checkpoint(root, check=None).read("0.a")
 
 
 class Trap:

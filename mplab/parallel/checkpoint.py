@@ -23,6 +23,7 @@ def save(engine: HybridParallel, root: str | Path, position: Mapping[str, Any] |
     """Write a checkpoint; every rank calls it, between two steps.
 
     Each tensor is written whole, by one rank; a rank has one of them in memory at a time beside those that it writes.
+    What dropout will draw next is not saved.
 
     Args:
         engine: what is trained.
@@ -82,10 +83,8 @@ def load(engine: HybridParallel, root: str | Path) -> dict[str, Any]:
     **Communication**: barriers.
     """
     comm, tp = engine.comm, engine.axes.tp
-    if comm.rank == 0:
-        files.Checkpoint(root)  # is all of it there, and unchanged?
-    comm.barrier()
-    saved = files.Checkpoint(root, is_checked=True)
+    saved = files.Checkpoint(root, (comm.rank, comm.size))
+    comm.barrier()  # all of it is there and unchanged, or somebody has said so
     own, cuts, names = engine.local_state(), engine.local_cuts(), set(saved.names)
     lacking = sorted(name for name in own if WEIGHTS + engine.tied.get(name, name) not in names)
     unknown = sorted({name.removeprefix(WEIGHTS) for name in names if name.startswith(WEIGHTS)} - engine.names)

@@ -137,13 +137,13 @@ class Checkpoint:
 
     Args:
         folder: of one checkpoint, or of several: then the newest.
-        is_checked: its files have been compared with the manifest already.
+        check: (i, n): compare every n-th file with the manifest, from the i-th on; None: none of them.
 
     Raises:
         CheckpointError: none there, a manifest that can't be read, a file that is missing, cut or changed.
     """
 
-    def __init__(self, folder: str | Path, is_checked: bool = False) -> None:
+    def __init__(self, folder: str | Path, check: tuple[int, int] | None = (0, 1)) -> None:
         self.folder = latest(folder)
         self._open: dict[str, Any] = {}
         try:
@@ -162,7 +162,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder / MANIFEST} can't be read ({error}): take another checkpoint"
             ) from None
-        for name, size_bytes, digest in shards if not is_checked else ():
+        for name, size_bytes, digest in shards[check[0] :: check[1]] if check else ():
             path = self.folder / Path(str(name)).name  # never out of the folder
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing: take another checkpoint")

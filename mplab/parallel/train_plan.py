@@ -109,7 +109,7 @@ def _saved_step(folder: Path, settings: dict[str, Any]) -> int:
     Raises:
         MplabError: it was saved by others, and the data would not go on where it was.
     """
-    saved = Checkpoint(folder, is_checked=True)
+    saved = Checkpoint(folder, check=None)
     kept = saved.manifest["position"].get("settings")
     if kept is None:
         raise MplabError(f"--resume {folder}: {saved.folder} does not say on what data: it was not saved by --save")
