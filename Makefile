@@ -1,6 +1,6 @@
 # `make lab` opens the course, `make test` checks all of it; both build .venv first, and again only when pyproject.toml changes.
 #   make lab   [PORT=8888] [LAB_ARGS=--no-browser]
-#   make test | lint | labs | clean
+#   make test | lint | labs | pictures | clean
 #   PYTHON=python3.12 chooses the interpreter that .venv is built with, VENV_ARGS=--system-site-packages lets it see that one's torch.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := .venv/bin
 # In a container one is often root, and Jupyter then wants to be told that this is meant.
 ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test lint labs clean
+.PHONY: help lab test lint labs pictures clean
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
@@ -28,6 +28,10 @@ lint: .venv/.test
 labs: .venv/.test
 	$(BIN)/python tools/execute_labs.py
 
+# README's pictures, taken in the Chromium that the machine has: they hold its times, so leave it alone meanwhile.
+pictures: .venv/.test
+	$(BIN)/python tools/pictures.py
+
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -38,11 +42,11 @@ clean:
 	$(PYTHON) -m venv $(VENV_ARGS) .venv
 
 .venv/.lab: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[lab]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[lab]'
 	$(BIN)/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[lab,test,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[lab,test,dev]'
 	$(BIN)/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null
 	@touch .venv/.lab $@

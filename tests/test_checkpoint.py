@@ -707,13 +707,13 @@ def test_resumed_by_another_plan(plans: dict[str, str], tmp_path: Path, capsys: 
     train("--plan", plans["dp2"], "--steps", 5, "--save", root, "--every", 2)
     assert steps_in(root) == [2, 4, 5]
     assert f"the last checkpoint: {root}/step-00000005" in capsys.readouterr().out
-    train("--plan", plans["dp3"], "--steps", 3, "--resume", root, "--save", root, "--check-serial")
+    train("--plan", plans["dp3"], "--steps", 8, "--resume", root, "--save", root, "--check-serial")
     output = capsys.readouterr().out
     assert steps_in(root) == [2, 4, 5, 8]
     assert f"goes on after step 5 of {root}" in output
     assert "after 8 steps" in output
     assert "as rounding does" in output
-    train("--plan", plans["pp2"], "--steps", 4, "--resume", root / "step-00000004", "--check-serial")
+    train("--plan", plans["pp2"], "--steps", 8, "--resume", root / "step-00000004", "--check-serial")
     again = capsys.readouterr().out
     assert "as rounding does" in again
     assert losses_in(again)[1] == pytest.approx(losses_in(output)[1], abs=2e-4)  # both of the eighth step
@@ -727,7 +727,7 @@ def test_data_that_did_not_go_on_would_be_seen(
 
     at = Digits.batches
     monkeypatch.setattr(Digits, "batches", lambda self, num, start=0: at(self, num, 0))
-    train("--plan", plans["1"], "--steps", 2, "--resume", tmp_path / "runs", "--check-serial", status=1)
+    train("--plan", plans["1"], "--steps", 5, "--resume", tmp_path / "runs", "--check-serial", status=1)
     assert "more than 0.001" in capsys.readouterr().out
 
 
@@ -797,7 +797,7 @@ def test_a_file_may_lie_elsewhere(plans: dict[str, str], tmp_path: Path, capsys:
         (folder / "own.txt").write_text("to be or not to be, " * 300)
     sizes = ["--layers", 1, "--heads", 2, "--sequence", 16]
     train("--data", tmp_path / "own.txt", *sizes, "--plan", plans["1"], "--steps", 2, "--save", tmp_path / "runs")
-    more = ["--plan", plans["dp2"], "--steps", 2, "--resume", tmp_path / "runs", "--check-serial"]
+    more = ["--plan", plans["dp2"], "--steps", 4, "--resume", tmp_path / "runs", "--check-serial"]
     train("--data", tmp_path / "there" / "own.txt", *sizes, *more)
     assert "as rounding does" in capsys.readouterr().out
 
@@ -809,7 +809,7 @@ def test_under_a_launcher_too(plans: dict[str, str], tmp_path: Path, capsys: pyt
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     said = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     said |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mplab", *DIGITS, "--plan", plans["dp2"], "--steps", "2"]
+    command = [sys.executable, "-m", "mplab", *DIGITS, "--plan", plans["dp2"], "--steps", "4"]
     processes = [
         subprocess.Popen(
             [*command, "--resume", root, "--save", root],
@@ -827,5 +827,5 @@ def test_under_a_launcher_too(plans: dict[str, str], tmp_path: Path, capsys: pyt
     assert "goes on after step 2" in first
     assert steps_in(root) == [2, 4]
     assert len(list((root / "step-00000004").glob("rank-*"))) == 2
-    train("--plan", plans["pp2"], "--steps", 2, "--resume", root, "--check-serial")
+    train("--plan", plans["pp2"], "--steps", 6, "--resume", root, "--check-serial")
     assert "as rounding does" in capsys.readouterr().out

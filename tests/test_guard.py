@@ -27,6 +27,8 @@ class FakeWire:
         if self.answers:
             self.answers.pop(0)()
 
+    def expect(self) -> None: ...
+
     def flush(self, timeout_s: float) -> None: ...
 
     def close(self, timeout_s: float) -> None: ...
@@ -35,10 +37,9 @@ class FakeWire:
 @pytest.fixture
 def guard(monkeypatch: pytest.MonkeyPatch) -> Guard:
     """Rank 0 of 3, in its first run."""
-    monkeypatch.setattr(guard_module, "Wire", FakeWire)
     monkeypatch.setattr(guard_module, "TELL_AFTER_S", 0.05)
     monkeypatch.setattr(guard_module, "LISTEN_S", 0.1)
-    made = Guard(0, 3, timeout_s=0.3)
+    made = Guard(0, 3, 0.3, FakeWire)  # type: ignore[arg-type]
     made.start()
     return made
 

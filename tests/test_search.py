@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from mplab.plan.partition import LayerCost, by_parameters
 from mplab.plan.pipeline_time import closed_form_s, most_held, most_recomputed, played_s
 from mplab.plan.schedule import ORDERS, build
 from mplab.plan.search import Prediction, candidates, predict, search, table
-from mplab.plan.share import BUCKET_BYTES, buckets, memory_of
+from mplab.plan.share import BUCKET_BYTES, buckets, memory_of, num_updated, pipeline_calls, share_of
 from mplab.plan.simulate import FREE, activation_bytes, simulate
 from mplab.plan.tensor import Block, block_flops, tensor_parallel_traffic
 from mplab.plan.tensor import activation_bytes as block_activation_bytes
@@ -39,7 +39,7 @@ from mplab.plan.traffic import direct_traffic, pipeline_traffic
 from mplab.plan.transformer import GPT3, Transformer, layer_loads, parameter_lengths
 from mplab.plan.zero import peak, zero_memory, zero_moments
 from mplab.world import Rank
-from mplab.world.described import calibrated, described
+from mplab.world.described import CALIBRATION, calibrated, described
 from mplab.world.links import LinkFit
 from mplab.world.machine import Gpu
 from mplab.world.probe import Probe, Speed
@@ -55,7 +55,10 @@ GPT3_BATCH = 1536  # Narayanan et al. 2021, table 2
 
 # --- machines --------------------------------------------------------------------------------------------------------
 
-SHARED = Machine("cores", 2, 1e11, 4e9, math.inf, Link(0, math.inf), num_ranks=4, launch_s=1e-4, source="by hand")
+LAUNCHES = {"launch_s": 1e-4, "call_s": 2e-4, "update_launch_s": 3e-5}
+SHARED = Machine(
+    "cores", 2, 1e11, 4e9, math.inf, Link(0, math.inf), num_ranks=4, one_process=True, source="by hand", **LAUNCHES
+)
 
 
 @pytest.mark.parametrize("machine", [*MACHINES.values(), ONE, HOSTS, SHARED], ids=lambda machine: machine.name)
@@ -95,6 +98,9 @@ def test_the_machines_that_come_along() -> None:
         ({"memory_bytes_s": -1.0}, "memory_bytes_s=-1.0"),
         ({"launch_s": -1.0}, "launch_s=-1.0: must be a number of 0 or more"),
         ({"launch_s": math.nan}, "launch_s=nan"),
+        ({"call_s": -1.0}, "call_s=-1.0: must be a number of 0 or more"),
+        ({"update_launch_s": math.inf}, "update_launch_s=inf"),
+        ({"one_process": 1}, "one_process=1: must be True or False"),
         ({"inside": None}, "inside=None: must be a Link"),
         ({"between": 3}, "between=3: must be a Link"),
         ({"devices_per_host": 3}, "4 devices, 3 a host: all hosts have as many"),
@@ -152,6 +158,16 @@ def test_ranks_that_share_devices() -> None:
     assert shared.rank_memory_bytes == 5e8
     fewer = FOUR.with_ranks(2)
     assert (fewer.ranks, fewer.ranks_per_device, fewer.rank_memory_bytes) == (2, 1, 1e9)
+
+
+def test_ranks_that_take_turns_on_fewer_devices_of_a_host() -> None:
+    uneven = FOUR.with_ranks(6)
+    assert (uneven.ranks, uneven.ranks_per_device, uneven.ranks_per_host) == (6, 1.5, 6)
+    assert uneven.rank_memory_bytes == 5e8  # two of them share a device
+    crowded, roomy = (predict(Plan(dp=6), SMALL, 6, machine) for machine in (uneven, replace(uneven, num_devices=6)))
+    assert crowded.compute_s == pytest.approx(1.5 * roomy.compute_s)
+    with pytest.raises(MplabError, match="18 ranks on 16 devices of several hosts"):
+        HOSTS.with_ranks(18)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -263,14 +279,32 @@ def test_the_closed_form_of_equal_ranks_is_exact(order: str) -> None:
         assert closed_form_s(order, m, *of_ranks, 0.0) == pytest.approx(want), (p, m)
 
 
+@pytest.mark.parametrize("parts", [(1, 1, 1), (1, 1, 2), (3, 1, 1), (2, 1, 0.5), (1, 2, 1)], ids=str)
+def test_the_closed_form_of_a_split_backward_is_exact(parts: tuple[float, float, float]) -> None:
+    """Whichever is the longest: forward, gradients of inputs or of weights; b longer than f + i, or shorter."""
+    f, i, w = parts
+    for p, m in settings_of("zero_bubble"):
+        costs = [LayerCost("", f, i + w, i, w) for _ in range(p)]
+        want = simulate(build("zero_bubble", p, m), costs).makespan_s
+        assert closed_form_s("zero_bubble", m, [f] * p, [i + w] * p, [w] * p, 0.0) == pytest.approx(want), (p, m)
+
+
+@pytest.mark.parametrize("message_s", [0.02, 0.2])
+def test_the_closed_form_of_two_stages_a_rank_counts_the_messages(message_s: float) -> None:
+    for p, m in settings_of("interleaved"):
+        costs, of_ranks = pipe("interleaved", p, [1.0] * p)
+        want = simulate(build("interleaved", p, m), costs, Link(message_s, math.inf)).makespan_s
+        assert closed_form_s("interleaved", m, *of_ranks, message_s) == pytest.approx(want), (p, m)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("message_s", [0.0, 0.02, 0.2])
 def test_the_closed_form_is_near_of_other_ranks(order: str, message_s: float) -> None:
-    """Unequal ranks and messages: exact for the orders in which one phase follows another, else within 10 %."""
+    """Unequal ranks and messages: exact for the orders in which one phase follows another, else within 10 or 15 %."""
     for p, m in settings_of(order):
         costs, of_ranks = pipe(order, p, FORWARDS)
         want = simulate(build(order, p, m), costs, Link(message_s, math.inf)).makespan_s
-        near = 1e-9 if order in ("naive", "gpipe") else 0.1
+        near = 1e-9 if order in ("naive", "gpipe") else 0.15 if order == "interleaved" else 0.1
         assert closed_form_s(order, m, *of_ranks, message_s) == pytest.approx(want, rel=near), (p, m)
 
 
@@ -389,32 +423,53 @@ LEDGERS = [
     Plan(2, 1, 2, zero=2),
     Plan(1, 2, 2, cuts=(1,), num_microbatches=4, sequence_parallel=True, recompute=True),
     Plan(1, 2, 2, cuts=(5,), num_microbatches=2, sequence_parallel=True),
+    Plan(4, 1, 1, zero=1),
+    Plan(4, 1, 1, zero=2, num_microbatches=1),
+    Plan(1, 1, 4, num_microbatches=2),
 ]
 
 
-def _sent_in_a_step(rank: Rank, model: nn.Module, plan: Plan) -> list[int]:
-    """On the axes data, pipeline, tensor."""
+class Counted(NamedTuple):
+    """Of a rank's step, on the axes data, pipeline, tensor; and what its optimizer has."""
+
+    sent_bytes: list[int]
+    calls: list[int]
+    num_updated: int
+
+
+def _count_a_step(rank: Rank, model: nn.Module, plan: Plan) -> Counted:
     trained = HybridParallel(model, rank.comm, plan)
     trained.step(numbers(4))
     num_before = len(rank.comm.ledger.messages)
     trained.step(numbers(4))
-    messages = rank.comm.ledger.messages[num_before:]
+    messages = [m for m in rank.comm.ledger.messages[num_before:] if len(m.group) > 1]
     axes = [trained.axes.dp, trained.axes.pp, trained.axes.tp]
-    sent = [sum(m.sent_bytes for m in messages if {*m.group} <= {*axis.ranks} and axis.size > 1) for axis in axes]
+    of_axes = [[m for m in messages if {*m.group} <= {*axis.ranks}] for axis in axes]
+    sent = [sum(m.sent_bytes for m in of_axis) for of_axis in of_axes]
     assert sum(sent) == sum(m.sent_bytes for m in messages)
-    return sent
+    calls = [sum(m.op not in ("send", "recv") for m in of_axis) for of_axis in of_axes]
+    assert trained.optimizer is not None
+    return Counted(sent, calls, sum(len(group["params"]) for group in trained.optimizer.param_groups))
 
 
 @pytest.mark.parametrize("plan", LEDGERS, ids=str)
-def test_the_bytes_of_every_axis_are_those_of_the_ledger(plan: Plan) -> None:
+def test_bytes_and_calls_of_every_axis_are_those_of_the_ledger(plan: Plan) -> None:
     model, sizes = gpt()
-    of_ranks = World(4, "cpu").run(_sent_in_a_step, model, plan)
+    sent, calls, num_updated = zip(*World(4, "cpu").run(_count_a_step, model, plan), strict=True)
     found = predict(plan, sizes, 4, FOUR)
-    assert [max(of_axis) for of_axis in zip(*of_ranks, strict=True)] == [
-        found.data_bytes,
-        found.pipeline_bytes,
-        found.tensor_bytes,
-    ]
+    want = [found.data_bytes, found.pipeline_bytes, found.tensor_bytes]
+    assert [max(of_axis) for of_axis in zip(*sent, strict=True)] == want
+
+    free = replace(FOUR, flops_s=1e300, memory_bytes_s=math.inf, inside=Link(0, math.inf))
+    of_data, of_pipeline, of_tensor = zip(*calls, strict=True)
+    found = predict(plan, sizes, 4, replace(free, call_s=1.0))
+    assert found.data_s == pytest.approx(max(of_data))
+    assert found.tensor_s == pytest.approx(sum(of_tensor) / 4)  # the mean of the stages
+    stages = share_of(plan, sizes, 4)
+    assert pipeline_calls(stages) == max(of_pipeline)
+    found = predict(plan, sizes, 4, replace(free, update_launch_s=1.0))
+    assert found.update_s == pytest.approx(max(num_updated))
+    assert found.step_s == pytest.approx(found.update_s)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -479,7 +534,8 @@ def test_memory_of_a_pipeline_by_hand() -> None:
     of_last = memory_of(Plan(pp=2, cuts=(1,), num_microbatches=4, schedule="gpipe", recompute=True), SMALL, 8)
     assert of_last.activations_bytes == 3 * (2 * 8 * 16 * 4) + 4 * kept[1] + kept[2]
     untied = memory_of(Plan(pp=2, cuts=(1,), num_microbatches=4), replace(SMALL, tied=False), 8)
-    assert untied.parameters_bytes == 4 * sum(sizes[1:])  # tied or not: each rank has a matrix of its own
+    tied = memory_of(Plan(pp=2, cuts=(1,), num_microbatches=4), SMALL, 8)
+    assert tied.parameters_bytes == untied.parameters_bytes == 4 * sum(sizes[1:])  # each rank has a matrix of its own
 
 
 def test_sharding_the_state_alone() -> None:
@@ -513,10 +569,103 @@ def test_ranks_that_share_a_device_compute_one_after_another() -> None:
         alone = predict(plan, SMALL, 8, FOUR)
         shared = predict(plan, SMALL, 8, replace(FOUR, num_devices=2, num_ranks=4))
         assert shared.compute_s == pytest.approx(2 * alone.compute_s)
-        assert shared.update_s == pytest.approx(2 * alone.update_s)
+        assert alone.update_s < shared.update_s <= 2 * alone.update_s + 1e-12
+        assert (plan.pp > 1) or shared.update_s == pytest.approx(2 * alone.update_s)
         assert alone.step_s < shared.step_s <= 2 * alone.step_s + 1e-12
     piped = predict(Plan(pp=4, num_microbatches=4), SMALL, 8, replace(FOUR, num_devices=1, num_ranks=4))
     assert piped.bubble_s == pytest.approx(0, abs=1e-9)  # another rank computes whenever one waits
+
+
+def test_launching_the_update_by_hand() -> None:
+    """Two embeddings, 16 parameters a block, a norm's two, and the head's matrix, which is tied."""
+    num = 2 + 4 * 16 + 2
+    machine = replace(FOUR, memory_bytes_s=math.inf, update_launch_s=0.5)
+    one_process = replace(machine, one_process=True)
+
+    def update_s(machine: Machine, plan: Plan) -> float:
+        return predict(plan, SMALL, 8, machine.with_ranks(plan.num_ranks)).update_s
+
+    assert update_s(machine, Plan()) == update_s(one_process, Plan()) == 0.5 * num
+    assert update_s(machine, Plan(4)) == update_s(machine, Plan(tp=4)) == 0.5 * num
+    assert update_s(one_process, Plan(4)) == update_s(one_process, Plan(tp=4)) == 4 * 0.5 * num  # in turn
+    assert update_s(one_process, Plan(2)) == 2 * 0.5 * num
+    for shared in (replace(machine, num_devices=2), replace(one_process, num_devices=2)):
+        assert update_s(shared, Plan(4)) == (4 if shared.one_process else 2) * 0.5 * num
+    untied = predict(Plan(), replace(SMALL, tied=False), 8, machine.with_ranks(1))
+    assert untied.update_s == 0.5 * (num + 1)
+
+
+@pytest.mark.parametrize(("num_devices", "num_ranks", "turns"), [(4, 1, 1), (4, 2, 2), (4, 4, 4), (2, 4, 2), (1, 4, 1)])
+def test_ranks_of_one_process_launch_in_turn(num_devices: int, num_ranks: int, turns: int) -> None:
+    """Six layers, 0.5 s each: alone, beside others, and where ranks share devices, all of them one after another."""
+    machine = replace(FOUR, num_devices=num_devices, num_ranks=num_ranks, flops_s=1e300, launch_s=0.5, one_process=True)
+    assert machine.turns == turns
+    assert predict(Plan(num_ranks), SMALL, 8, machine).compute_s == pytest.approx(num_ranks * 6 * 0.5)
+    apart = replace(machine, one_process=False)
+    assert apart.turns == 1
+    assert predict(Plan(num_ranks), SMALL, 8, apart).compute_s == pytest.approx(apart.ranks_per_device * 6 * 0.5)
+
+
+@pytest.mark.parametrize("one_process", [False, True])
+def test_gradients_that_are_put_off_are_launched_by_themselves(one_process: bool) -> None:
+    """Of the three layers of the last stage; the first splits nothing. A third of what they launch otherwise."""
+    machine = replace(FOUR, num_devices=1, num_ranks=2, flops_s=1e300, launch_s=0.5, one_process=one_process)
+    free = replace(machine, memory_bytes_s=math.inf, inside=Link(0, math.inf))
+    naive, split = (predict(Plan(pp=2, schedule=name, cuts=(3,)), SMALL, 8, free) for name in ("naive", "zero_bubble"))
+    assert naive.step_s == pytest.approx(6 * 0.5)
+    assert split.step_s - naive.step_s == pytest.approx(3 * 0.5 / 3)
+
+
+@pytest.mark.parametrize(
+    ("dp", "pp", "num_devices", "num_seen"), [(1, 2, 2, 1), (1, 2, 1, 2), (1, 4, 4, 1), (1, 4, 2, 1), (2, 2, 1, 4)]
+)
+def test_a_stage_updates_while_another_computes(dp: int, pp: int, num_devices: int, num_seen: int) -> None:
+    """The first is the last to end: only its update is seen, unless all share one device."""
+    plan = Plan(dp, pp, schedule="naive")
+    machine = replace(FOUR.with_ranks(dp * pp), num_devices=num_devices, inside=Link(0, math.inf), flops_s=1e6)
+    of_rank_s = num_updated(share_of(plan, SMALL, 8), plan) * 28 / machine.memory_bytes_s
+    found = predict(plan, SMALL, 8, machine)
+    assert found.compute_s > 10 * of_rank_s
+    assert found.update_s == pytest.approx(num_seen * of_rank_s)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_message_between_stages_takes_a_call_too(num_devices: int) -> None:
+    """An output and its gradient; then the tied matrix, and the loss."""
+    plan = Plan(pp=2, schedule="naive")
+    machine = replace(FOUR.with_ranks(2), num_devices=num_devices, memory_bytes_s=math.inf)
+    without, found = (predict(plan, SMALL, 8, replace(machine, call_s=c)) for c in (0.0, 0.25))
+    assert found.pipeline_s - without.pipeline_s == pytest.approx(4 * 0.25 * 2 / num_devices)
+    assert found.step_s - without.step_s == pytest.approx(4 * 0.25 * 2 / num_devices)
+
+
+def test_each_axis_has_the_link_of_its_ranks() -> None:
+    """Two hosts of two: neighbours on the tensor axis are in one host, replicas of whole pipelines in two."""
+    machine = replace(FOUR, between=SLOW, devices_per_host=2)
+    fast = replace(machine, between=FAST)
+    for plan, slow_axes in (
+        (Plan(2, 2), {"data"}),
+        (Plan(2, 1, 2), {"data"}),
+        (Plan(1, 2, 2), {"pipeline"}),
+        (Plan(1, 4, 1), {"pipeline"}),
+        (Plan(1, 1, 4), {"tensor"}),
+        (Plan(4), {"data"}),
+    ):
+        found, other = predict(plan, SMALL, 8, machine), predict(plan, SMALL, 8, fast)
+        slower = {
+            axis
+            for axis in ("data", "pipeline", "tensor")
+            if getattr(found, f"{axis}_s") > 1.5 * getattr(other, f"{axis}_s")
+        }
+        assert slower == slow_axes, plan
+
+
+@pytest.mark.parametrize(("plan", "num_messages"), [(Plan(1, 2, 2, schedule="naive"), 5), (Plan(2, 2), 0)], ids=str)
+def test_all_messages_of_the_pipeline_leave_the_host_or_none(plan: Plan, num_messages: int) -> None:
+    """An output, its gradient, the loss, and two of the tied matrix."""
+    instant, slow = Link(0, math.inf), Link(1, math.inf)
+    machine = replace(FOUR, inside=instant, between=slow, devices_per_host=2, memory_bytes_s=math.inf)
+    assert predict(plan, SMALL, 8, machine).pipeline_s == pytest.approx(num_messages)
 
 
 def test_the_bubble_is_the_schedules() -> None:
@@ -589,10 +738,17 @@ def test_candidates_are_all_that_can_run() -> None:
         except MplabError:
             continue
         is_idle = (pp == 1 and schedule != "1f1b") or (dp == 1 and zero) or (schedule == "interleaved" and m % pp)
+        is_idle |= m == 1 and pp > 1 and schedule in ("naive", "gpipe")  # what 1F1B does then
         is_vain = recompute and (pp == 1 or m == 1 or schedule == "naive")
         if not is_idle and not is_vain:
             wanted.add(plan)
     assert set(candidates(sizes, FOUR, 4)) == wanted
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_with_one_microbatch_three_orders_are_the_same(num_ranks: int) -> None:
+    naive, gpipe, one_f_one_b = (build(order, num_ranks, 1).ranks for order in ("naive", "gpipe", "1f1b"))
+    assert naive == gpipe == one_f_one_b
 
 
 def test_what_is_left_out_is_no_better() -> None:
@@ -783,6 +939,7 @@ def test_the_machine_that_was_probed() -> None:
     machine = described(probed(), 4)
     assert (machine.num_devices, machine.ranks, machine.ranks_per_device) == (2, 4, 2)
     assert (machine.flops_s, machine.memory_bytes, machine.memory_bytes_s) == (1.5e11, 4e9, 2e10)
+    assert machine.one_process
     assert machine.inside == Link(1e-5, 1e10)
     assert described(probed(), link=SLOW).inside == SLOW
     one_gpu, two_gpus = described(probed(1)), described(probed(2))
@@ -799,6 +956,58 @@ def test_speeds_come_back_from_steps() -> None:
     assert found.flops_s == pytest.approx(machine.flops_s, rel=1e-6)
     assert replace(found, flops_s=1.0) == replace(machine, flops_s=1.0, launch_s=found.launch_s)
     assert found.launch_s == pytest.approx(3e-4, rel=1e-6)
+
+
+def steps_of(machine: Machine, plans: Sequence[Plan]) -> dict[Plan, float]:
+    return {plan: predict(plan, SMALL, 16, machine.with_ranks(plan.num_ranks)).step_s for plan in plans}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_all_speeds_come_back_from_steps(num_devices: int) -> None:
+    machine = replace(described(probed()), num_devices=num_devices, num_ranks=2 * num_devices, **LAUNCHES)
+    nothing = replace(machine, flops_s=1.0, launch_s=0.1, call_s=0.2, update_launch_s=0.0)
+    found = calibrated(nothing, SMALL, 16, steps_of(machine, CALIBRATION))
+    speeds = {name: getattr(machine, name) for name in ("flops_s", *LAUNCHES)}
+    assert {name: getattr(found, name) for name in speeds} == pytest.approx(speeds, rel=1e-6)
+    assert replace(found, **speeds) == machine
+    plan = Plan(2, 1, 2, zero=3, num_microbatches=2)
+    assert steps_of(found.with_ranks(4), [plan]) == pytest.approx(steps_of(machine.with_ranks(4), [plan]))
+
+
+def test_plain_steps_say_nothing_of_the_other_speeds() -> None:
+    machine = replace(described(probed()), **LAUNCHES)
+    plain = [plan for plan in CALIBRATION if plan.num_ranks == 1]
+    steps = steps_of(machine, plain)
+    for given in (steps, {plan.num_microbatches: seconds for plan, seconds in steps.items()}):
+        found = calibrated(replace(machine, flops_s=1.0, launch_s=0.0), SMALL, 16, given)
+        assert found.flops_s == pytest.approx(machine.flops_s, rel=1e-6)
+        assert replace(found, flops_s=machine.flops_s) == replace(machine, launch_s=found.launch_s)
+
+
+def test_no_speed_is_below_zero() -> None:
+    """Steps that get shorter with more launches: none take time, and the rest are fitted without them."""
+    machine = replace(described(probed()), memory_bytes_s=math.inf)
+    found = calibrated(machine, SMALL, 16, {1: 0.02, 2: 0.018})
+    assert found.launch_s == 0
+    mean = predict(Plan(), SMALL, 16, found.with_ranks(1)).step_s
+    assert 0.018 < mean < 0.02
+    assert mean == pytest.approx((1 / 0.02 + 1 / 0.018) / (1 / 0.02**2 + 1 / 0.018**2))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([Plan(pp=2)], r"steps of \['1 x 2 x 1 .* are no sum"),
+        ([Plan(2, zero=2)], "pp=1 and zero up to 1"),
+        ([Plan(tp=2)], "do not tell flops_s, launch_s, call_s, update_launch_s apart"),
+        ([Plan(2)], "with dp of 2 and zero=1"),
+    ],
+    ids=str,
+)
+def test_steps_that_show_too_little(more: list[Plan], said: str) -> None:
+    plans = [Plan(), Plan(num_microbatches=4), *more]
+    with pytest.raises(MplabError, match=said):
+        calibrated(described(probed()), SMALL, 16, dict.fromkeys(plans, 0.1))
 
 
 @pytest.mark.parametrize("steps", [{1: 0.1}, {1: 0.1, 2: 0.0}])

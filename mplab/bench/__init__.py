@@ -1,4 +1,4 @@
-"""Ratios against torch's own implementations: `python -m mplab bench NAME [--json]`.
+"""Ratios against torch's own implementations, and the planner's predictions: `python -m mplab bench NAME [--json]`.
 
 A benchmark is a module with a docstring, which says what is timed and how, and a function `run()`, which returns rows.
 """
@@ -14,7 +14,7 @@ from importlib import import_module
 from mplab.bench.common import Row, table
 from mplab.world.machine import machine
 
-BENCHMARKS = ("all_reduce", "data", "hybrid", "pipeline", "tensor", "world", "zero")
+BENCHMARKS = ("all_reduce", "data", "hybrid", "pipeline", "plans", "tensor", "world", "zero")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

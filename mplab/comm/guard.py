@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
+from mplab.comm.gloo import GlooWire
 from mplab.comm.hub import user_line
-from mplab.comm.wire import Parcel, Wire
+from mplab.comm.wire import Deliver, Lose, Parcel, Wire
 from mplab.errors import CollectiveMismatch, CommError, CommTimeout, Deadlock, PeerFailure
 
 LOOK_EVERY_S = 0.05
@@ -68,9 +69,16 @@ class Guard:
         rank: this process's world rank.
         size: ranks in the world.
         timeout_s: the longest that it may wait for others.
+        make_wire: called as `Wire` is, makes what carries its parcels.
     """
 
-    def __init__(self, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        make_wire: Callable[[int, int, Deliver, Lose], Wire] = GlooWire,
+    ) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self.failure: Failure | None = None
         self._has_told = False  # the others of that failure
@@ -84,7 +92,7 @@ class Guard:
         self._heard_s = [time.monotonic()] * size
         self._told = State()
         self._lost: dict[int, str] = {}
-        self._wire = Wire(rank, size, self._deliver, self._lose)
+        self._wire = make_wire(rank, size, self._deliver, self._lose)
         self.peers = self._wire.peers
 
     # -- a run ---------------------------------------------------------------------------------------------------------
@@ -169,6 +177,7 @@ class Guard:
                         return came
                     if end_s == float("inf"):
                         self._watch(missing, start_s, doing, group)
+                    self._wire.expect()
                     self._changed.wait(LOOK_EVERY_S)
             finally:
                 if self._told.status == "waits":

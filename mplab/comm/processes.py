@@ -1,4 +1,4 @@
-"""Ranks that are processes, under torchrun or another launcher, over torch.distributed: gloo, and NCCL between GPUs.
+"""Ranks that are processes, under torchrun, mpirun or another launcher: over gloo or MPI, and NCCL between GPUs.
 
 Ranks talk directly, as the ledger counts: each gives every other one its part, and reduces in rank order what it gets,
 so that the results are those of thread ranks, bit for bit. What a rank calls travels with its part and is compared
@@ -46,7 +46,7 @@ class ProcessCommunicator(Communicator):
         ledger: counts messages and bytes.
         trace: writes down when.
         guard: this process's mail and watch.
-        has_fabric: tensors of collectives travel over NCCL, and not by mail.
+        has_fabric: tensors of collectives travel over NCCL, and not by mail, which goes through the CPU's memory.
     """
 
     def __init__(
@@ -267,7 +267,8 @@ class ProcessCommunicator(Communicator):
         """What each rank gave to this one."""
         if self._has_fabric:
             return fabric.exchange(self.ranks, given, expected(), self.device)
-        return [given[r] if peer == self._me else came[peer].x for r, peer in enumerate(self.ranks)]
+        xs = [given[r] if peer == self._me else came[peer].x for r, peer in enumerate(self.ranks)]
+        return [None if x is None else x.to(self.device) for x in xs]
 
     def _expected(self, call: Call, shapes: Sequence[Any]) -> Parts:
         """The likes of what each rank gives to this one."""

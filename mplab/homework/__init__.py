@@ -9,9 +9,12 @@ from mplab.homework.checks import check_pass_right as check_pass_right
 from mplab.homework.checks import check_reduce_scatter as check_reduce_scatter
 from mplab.homework.checks import check_ring_all_reduce as check_ring_all_reduce
 from mplab.homework.checks import check_weighted_mean as check_weighted_mean
+from mplab.homework.clip import check_clip_once as check_clip_once
 from mplab.homework.cuts import check_optimal_cut as check_optimal_cut
+from mplab.homework.mesh import check_mesh_groups as check_mesh_groups
 from mplab.homework.microbatches import check_fastest_num_microbatches as check_fastest_num_microbatches
 from mplab.homework.pipeline import check_one_f_one_b as check_one_f_one_b
+from mplab.homework.plans import check_cheapest_plan as check_cheapest_plan
 from mplab.homework.report import Line as Line
 from mplab.homework.report import Report as Report
 from mplab.homework.sampler import check_shard_sampler as check_shard_sampler

@@ -14,7 +14,7 @@ from mplab.homework.report import Complaint, Report, check_all
 
 NUM_RANKS = (1, 2, 3, 4, 5)
 LENGTHS = (12, 7, 3, 60)  # divided by some n, by none but 1, shorter than some n, divided by all
-NUM_SAMPLES = (6, 2, 1, 7)  # of each rank's share, for the weighted mean
+NUM_SAMPLES = (6, 2, 1, 7)  # of each rank's shard, for the weighted mean
 
 WeightedSolution = Callable[[Communicator, Tensor, int], Tensor]
 Oracle = Callable[[Trial], Sequence[Tensor]]
@@ -43,11 +43,11 @@ def check_pass_right(solution: Solution) -> Report:
 
 
 def check_weighted_mean(solution: WeightedSolution) -> Report:
-    """Check `solution(comm, x, num_samples)`: the mean over all samples, of means over shares of unequal size.
+    """Check `solution(comm, x, num_samples)`: the mean over all samples, of means over shards of unequal size.
 
     Args:
-        solution: called on every rank with its communicator, the mean of its share, of shape (L,), and the number of
-            samples in the share; returns sum(num_samples * x) / sum(num_samples) over all ranks. Any collective may be
+        solution: called on every rank with its communicator, the mean of its shard, of shape (L,), and the number of
+            samples in the shard; returns sum(num_samples * x) / sum(num_samples) over all ranks. Any collective may be
             used.
 
     Returns:
@@ -64,12 +64,12 @@ def check_weighted_mean(solution: WeightedSolution) -> Report:
     def right(trial: Trial) -> Complaint | None:
         weights = torch.tensor(NUM_SAMPLES[: trial.num_ranks], dtype=torch.float32)
         mean = weights @ torch.stack(trial.inputs) / weights.sum()
-        hint = f"the shares have {', '.join(map(str, NUM_SAMPLES))} samples: a sample counts the same wherever it lies"
+        hint = f"the shards have {', '.join(map(str, NUM_SAMPLES))} samples: a sample counts the same wherever it lies"
         return looks.result(trial, [mean] * trial.num_ranks, hint, tolerance=1e-5)
 
     lines = [
         check_all("every rank finishes", trials, looks.error, f"1 to {len(NUM_SAMPLES)} ranks"),
-        check_all("the result is right", finished, right, "shares of different sizes"),
+        check_all("the result is right", finished, right, "shards of different sizes"),
         check_all("the input is left alone", finished, looks.changed_input),
         check_all("the result is a new tensor", finished, looks.aliased),
     ]

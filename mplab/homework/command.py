@@ -10,9 +10,12 @@ from pathlib import Path
 from mplab.errors import MplabError
 from mplab.homework import checks
 from mplab.homework.buckets import check_bucketed_backward
+from mplab.homework.clip import check_clip_once
 from mplab.homework.cuts import check_optimal_cut
+from mplab.homework.mesh import check_mesh_groups
 from mplab.homework.microbatches import check_fastest_num_microbatches
 from mplab.homework.pipeline import check_one_f_one_b
+from mplab.homework.plans import check_cheapest_plan
 from mplab.homework.report import Report
 from mplab.homework.sampler import check_shard_sampler
 from mplab.homework.tensor import check_column_linear, check_row_linear, check_vocab_cross_entropy
@@ -34,6 +37,9 @@ CHECKS: dict[str, Callable[..., Report]] = {
     "row_linear": check_row_linear,
     "vocab_cross_entropy": check_vocab_cross_entropy,
     "plan_for": check_plan_for,
+    "mesh_groups": check_mesh_groups,
+    "cheapest_plan": check_cheapest_plan,
+    "clip_once": check_clip_once,
 }
 
 

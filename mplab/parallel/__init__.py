@@ -2,6 +2,7 @@
 
 from mplab.parallel.data import DataParallel
 from mplab.parallel.hybrid import HybridParallel
+from mplab.parallel.measure_plans import measure_plans
 from mplab.parallel.naive_data import naive_data_parallel, parameter_server, scatter_gather
 from mplab.parallel.parallelize import Parallelized, parallelize
 from mplab.parallel.pipeline import PipelineParallel
@@ -27,6 +28,7 @@ __all__ = [
     "ShardedDataParallel",
     "TensorParallel",
     "VocabParallelEmbedding",
+    "measure_plans",
     "naive_data_parallel",
     "parallelize",
     "parameter_server",

@@ -28,6 +28,7 @@ from mplab.parallel.tensor import has_cut_logits, parallel_loss
 from mplab.parallel.tensor_model import connect, tensor_parallel
 from mplab.parallel.tensor_plan import tensor_plan as known_plan
 from mplab.parallel.tensor_state import (
+    check_whole_gradients,
     full_gradients,
     full_state_dict,
     load_full_state_dict,
@@ -280,13 +281,15 @@ class HybridParallel:
 
         Raises:
             MplabError: inputs and targets of different lengths, or fewer samples than replicas and micro-batches need;
-                in the first step, batches that differ between the ranks.
+                in the first step, batches that differ between the ranks, or gradients of what the tensor axis has
+                whole.
             NonFiniteGradient: a gradient of this rank has a NaN or an Inf.
 
         **Communication**: tensor axis: that of the cut layers, for each micro-batch; pipeline axis: activations and
         their gradients, tied weights' gradients (all_reduce), the loss (broadcast); data axis: gradients (all_reduce,
         or with ZeRO reduce_scatter, and all_gather of weights) and a closing all_reduce; over all ranks with `max_norm`
-        an all_reduce of 8 bytes, and in the first step an all_gather of 8.
+        an all_reduce of 8 bytes; in the first step an all_gather of 8, and over the tensor axis one of 16 for each
+        parameter that is not cut.
         """
         num_samples, num_parts = check_batch(batch), self.plan.num_microbatches
         if not self.num_steps:
@@ -318,6 +321,9 @@ class HybridParallel:
         interpreter.run(self._program)
         self._tied.reduce_gradients()
         sum_gradients(self._partial, self.axes.tp)
+        if not self.num_steps:
+            for stage in self.stages.values():
+                check_whole_gradients(stage, self.axes.tp)
         loss = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         for part in interpreter.losses:
             loss += part

@@ -27,6 +27,7 @@ from mplab.parallel.tensor_layers import is_linear
 from mplab.parallel.tensor_model import connect, tensor_parallel
 from mplab.parallel.tensor_plan import matches, tensor_plan
 from mplab.parallel.tensor_state import (
+    check_whole_gradients,
     full_gradients,
     full_state_dict,
     load_full_state_dict,
@@ -126,11 +127,13 @@ class TensorParallel:
 
         Raises:
             MplabError: inputs and targets of different lengths, fewer samples than micro-batches, a sequence that
-                sequence parallelism can't cut; in the first step, batches that differ between the ranks.
+                sequence parallelism can't cut; in the first step, batches that differ between the ranks, or gradients
+                of what every rank has whole.
             NonFiniteGradient: a gradient of this rank has a NaN or an Inf.
 
         **Communication**: that of a forward and backward for each micro-batch (`mplab.plan.tensor`); then
-        `sum_gradients`, and with `max_norm` an all_reduce_ of 8 bytes. In the first step all_gather of 8 bytes.
+        `sum_gradients`, and with `max_norm` an all_reduce_ of 8 bytes. In the first step all_gather of 8 bytes,
+        and of 16 for each parameter that is not cut.
         """
         num_samples = check_batch(batch, self.num_microbatches)
         if not self.num_steps:
@@ -149,6 +152,8 @@ class TensorParallel:
                 loss.backward()
             losses.append(loss.detach())
         sum_gradients(self._partial, self.comm)
+        if not self.num_steps:
+            check_whole_gradients(self.model, self.comm)
         self._check_and_clip()
         with span("update"):
             self.optimizer.step()

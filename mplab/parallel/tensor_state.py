@@ -71,6 +71,45 @@ def sum_in_place(xs: Iterable[Tensor], comm: Communicator) -> None:
         comm.all_reduce_coalesced_(of_dtype)
 
 
+def check_whole_gradients(model: nn.Module, comm: Communicator) -> None:
+    """Refuse, after `sum_gradients`, what every rank has whole and yet another gradient of: training would go apart.
+
+    Two numbers of a gradient are compared, its length and its product with a random tensor, and not all of its bits:
+    on a GPU the same sums need not come out the same twice.
+
+    Args:
+        model: what `tensor_parallel` gave.
+        comm: this rank's communicator on the tensor axis.
+
+    Raises:
+        MplabError: on every rank, with the first such parameter and what to do about it.
+
+    **Communication**: an all_gather of 16 bytes for each parameter that is trained and not cut.
+    """
+    cuts = cuts_of(model)
+    whole = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in cuts}
+    if comm.size == 1 or not whole:
+        return
+    numbers = torch.zeros(1, len(whole), 2, dtype=torch.float64, device=comm.device)
+    for of_one, p in zip(numbers[0], whole.values(), strict=True):
+        if p.grad is not None:
+            generator = torch.Generator(comm.device).manual_seed(0)
+            direction = torch.randn(p.shape, generator=generator, device=comm.device, dtype=torch.float32)
+            of_one[0] = torch.linalg.vector_norm(p.grad, dtype=torch.float64)
+            of_one[1] = (p.grad * direction).sum(dtype=torch.float64)
+    of_ranks = comm.all_gather(numbers)
+    length = of_ranks[..., 0].amax(0)
+    is_noise = length < 1e-6 * length.max()  # what has to be 0 is a different rounding error everywhere
+    differs = ((of_ranks.amax(0) - of_ranks.amin(0)) > 1e-2 * length[:, None]).any(1) & ~is_noise
+    if bool(differs.any()):
+        name = list(whole)[int(differs.nonzero()[0])]
+        raise MplabError(
+            f"{name} is whole on each of {comm.size} ranks, and its gradient is another on every one: it works on what "
+            f'is cut, without the plan saying so. Give {name.rpartition(".")[0] or name} the style "partial", so that '
+            "its gradients are added up, or cut it too"
+        )
+
+
 def full_state_dict(model: nn.Module, comm: Communicator) -> dict[str, Tensor]:
     """The ordinary `state_dict` of the model that `tensor_parallel` was given, on every rank, as copies.
 

@@ -56,7 +56,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Train a GPT on text, or an MLP on digits, on one device or by a plan.",
     )
     parser.add_argument("--data", default="text", help="text (the Python language reference), digits, or a file")
-    parser.add_argument("--steps", type=int, default=50, help="number of updates (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="updates in all, those before a checkpoint included (%(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="samples of a step (%(default)s)")
     parser.add_argument("--sequence", type=int, default=64, help="bytes of a sample (%(default)s); text only")
     parser.add_argument("--width", type=int, default=128, help="features between layers (%(default)s)")
@@ -72,7 +74,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trace", type=Path, help="with --plan: a folder for the last step's timeline (Chrome trace)")
     parser.add_argument("--save", type=Path, help="with --plan: a folder for checkpoints")
     parser.add_argument("--every", type=int, help="with --save: steps between two checkpoints (at the end only)")
-    parser.add_argument("--resume", type=Path, help="with --plan: go on after the newest checkpoint in this folder")
+    resume = "go on after the newest checkpoint in this folder, or begin if --save has the same and it has none yet"
+    parser.add_argument("--resume", type=Path, help=f"with --plan: {resume}")
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import time
 from functools import partial
@@ -22,8 +21,7 @@ from mplab.parallel.serial import Serial
 from mplab.plan.layout import Plan
 from mplab.trace.units import format_s
 from mplab.world import World
-from mplab.world.join import VARIABLES
-from mplab.world.launch import ProcessWorld
+from mplab.world.launch import ProcessWorld, is_launched
 from mplab.world.progress import progress
 
 SAME_LOSS = 1e-3  # relative: in float32 rounding grows with every step
@@ -49,21 +47,30 @@ def by_plan(
     plan = Plan.load(arguments.plan)
     settings = {name: getattr(arguments, name) for name in KEPT} | {"samples": data.num_training}
     settings["data"] = Path(arguments.data).name  # the file may lie elsewhere on another machine
-    start = _saved_step(arguments.resume, settings) if arguments.resume else 0
+    resume = _resumed(arguments)
+    start = _saved_step(resume, settings) if resume else 0
+    if start > arguments.steps:
+        raise MplabError(
+            f"--resume {resume}: it has gone {start} steps, and --steps {arguments.steps} counts them: give {start} or "
+            "more"
+        )
     if arguments.save:
         _make_room(arguments.save, start)
-    is_launched = all(os.environ.get(name) for name in VARIABLES)
-    world = World.from_env() if is_launched else World(plan.num_ranks, device_type)
+    world = World.from_env() if is_launched() else World(plan.num_ranks, device_type)
     is_first = not isinstance(world, ProcessWorld) or world.rank.index == 0
     say = print if is_first else _say_nothing
     say(f"{description}\n{plan}\n{world}", flush=True)
     optimizer = partial(torch.optim.AdamW, lr=arguments.lr)
     trained = parallelize(model, world, plan, optimizer=optimizer)
-    if arguments.resume:
-        trained.load(arguments.resume)
-        say(f"goes on after step {trained.num_steps} of {arguments.resume}", flush=True)
+    if resume:
+        trained.load(resume)
+        say(f"goes on after step {trained.num_steps} of {resume}", flush=True)
+    num_steps = arguments.steps - start
+    if num_steps == 0:
+        say(f"these are all {start} steps: nothing is left to train")
+        return 0
     losses, times_s = [], []
-    for batch in progress(data.batches(arguments.steps, start), arguments.steps, "train", "step"):
+    for batch in progress(data.batches(num_steps, start), num_steps, "train", "step"):
         start_s = time.perf_counter()
         losses.append(trained.step(batch))
         times_s.append(time.perf_counter() - start_s)
@@ -71,7 +78,7 @@ def by_plan(
             raise MplabError(
                 f"the loss of step {trained.num_steps} is {losses[-1]}: lower --lr, which is {arguments.lr}"
             )
-        is_last = len(losses) == arguments.steps
+        is_last = len(losses) == num_steps
         if is_last and arguments.trace:
             timeline = world.timeline  # that of the step: to save is a run of its own
         if arguments.save and (is_last or (arguments.every and trained.num_steps % arguments.every == 0)):
@@ -101,6 +108,15 @@ def by_plan(
 
 def _say_nothing(*words: object, **options: object) -> None:
     pass
+
+
+def _resumed(arguments: argparse.Namespace) -> Path | None:
+    """Where training goes on; None: it begins, as it does where `--save` has the same folder, and nothing there yet.
+
+    So one command both begins and goes on, and a launcher can give it again after a failure.
+    """
+    folder: Path | None = arguments.resume
+    return None if folder is not None and folder == arguments.save and not any(folder.glob("step-*")) else folder
 
 
 def _saved_step(folder: Path, settings: dict[str, Any]) -> int:

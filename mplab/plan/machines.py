@@ -14,6 +14,7 @@ from mplab.plan.cost import Link
 from mplab.plan.layout import refuse
 
 _LINKS = ("inside", "between")
+_LAUNCHES = ("launch_s", "call_s", "update_launch_s")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Machine:
         num_ranks: that run on it; None: one a device. More ranks than devices share them.
         launch_s: seconds that forward and backward of a layer take with one micro-batch however small it is: Python,
             and torch's way to its kernels.
+        call_s: seconds that each collective, or message between stages, takes besides its link's: Python, autograd,
+            waiting to be woken.
+        update_launch_s: seconds that the optimizer takes for each parameter however small it is.
+        one_process: the ranks are threads of one process, and take turns at launching.
         source: where the figures come from.
 
     Raises:
@@ -48,6 +53,9 @@ class Machine:
     devices_per_host: int | None = None
     num_ranks: int | None = None
     launch_s: float = 0.0
+    call_s: float = 0.0
+    update_launch_s: float = 0.0
+    one_process: bool = False
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -56,11 +64,14 @@ class Machine:
             value = getattr(self, name)
             if not (value is None and name != "num_devices") and not (type(value) is int and value >= 1):
                 faults.append(f"{name}={value!r}: must be a whole number, 1 or more")
-        for name in ("flops_s", "memory_bytes", "memory_bytes_s", "launch_s"):
-            value, least = getattr(self, name), " or more" if name == "launch_s" else ""
+        for name in ("flops_s", "memory_bytes", "memory_bytes_s", *_LAUNCHES):
+            value, least = getattr(self, name), name in _LAUNCHES
             is_endless = value == math.inf and name != "memory_bytes_s"
             if type(value) not in (int, float) or not (value > 0 or (least and value == 0)) or is_endless:
                 faults.append(f"{name}={value!r}: must be a number {'of 0 or more' if least else 'above 0'}")
+        one_process: object = self.one_process
+        if not isinstance(one_process, bool):
+            faults.append(f"{one_process=}: must be True or False")
         for name in _LINKS:
             value = getattr(self, name)
             if not isinstance(value, Link) and (name == "inside" or value is not None):
@@ -73,10 +84,10 @@ class Machine:
                 )
             elif self._per_host < self.num_devices and self.between is None:
                 faults.append(f"{self.num_devices // self._per_host} hosts: say what links them, between=Link(...)")
-            if (self.num_ranks or self.num_devices) > self.num_devices and self.ranks % self.num_devices:
+            if self.ranks > self.num_devices > self._per_host and self.ranks % self.num_devices:
                 faults.append(
-                    f"{self.num_ranks} ranks on {self.num_devices} devices: each device has as many of them, so take a "
-                    f"multiple of {self.num_devices}, or fewer ranks than devices"
+                    f"{self.num_ranks} ranks on {self.num_devices} devices of several hosts: each device has as many "
+                    f"of them, so take a multiple of {self.num_devices}, or fewer ranks than devices"
                 )
         refuse(iter(faults), f"machine {self.name!r} can't be")
 
@@ -86,19 +97,24 @@ class Machine:
         return self.num_ranks or self.num_devices
 
     @property
-    def ranks_per_device(self) -> int:
-        """Ranks that share a device: 1, or more."""
-        return max(1, self.ranks // self.num_devices)
+    def ranks_per_device(self) -> float:
+        """Ranks that share a device: 1, or more; 4/3 where 4 threads take turns on 3 cores."""
+        return max(1.0, self.ranks / self.num_devices)
 
     @property
     def ranks_per_host(self) -> int:
         """Ranks of one host; they are numbered host by host."""
-        return self._per_host * self.ranks_per_device
+        return round(self._per_host * self.ranks_per_device)
+
+    @property
+    def turns(self) -> int:
+        """How often as long a launch takes as that of a rank alone, where all devices are at work: 1, or more."""
+        return min(self.ranks, self.num_devices) if self.one_process else 1
 
     @property
     def rank_memory_bytes(self) -> float:
-        """A rank's share of its device's memory."""
-        return self.memory_bytes / self.ranks_per_device
+        """A rank's share of its device's memory, where most ranks share one."""
+        return self.memory_bytes / math.ceil(self.ranks_per_device)
 
     @property
     def _per_host(self) -> int:

@@ -1,13 +1,14 @@
 """How long a pipeline's step takes: the schedule itself played out, or in closed form where there are many ranks.
 
 p ranks; for rank r and one micro-batch f its forwards, b its backwards (i and w the two parts), t = f + b; c a message;
-m micro-batches. The closed forms are exact for equal ranks and free messages (for "interleaved" where p divides m), and
-for "naive" and "gpipe" whatever the ranks and messages:
+m micro-batches. The closed forms are exact for equal ranks and free messages (for "interleaved" where p divides m, for
+"zero_bubble" where w is at most f + i); for "interleaved" also with messages shorter than a stage, and for "naive" and
+"gpipe" whatever the ranks and messages:
 
     naive         m (sum t + 2(p - 1) c)
     gpipe         sum t + 2(p - 1) c + (m - 1)(max(f, c) + max(b, c))
     1f1b          sum t + 2(p - 1) c + (m - 1) max(t, 2c, round trips)
-    interleaved   (sum t + max t)/2 + 2(p - 1 + m/p) c + (m - 1) max t
+    interleaved   (sum t + max t)/2 + 2(2p - 1) c + (m - 1) max t
     zero_bubble   sum (f + i) + w + 2(p - 1) c + (k - 1) max(f + i, b) + (m - k) max t,   k = min(m, p)
 
 A round trip of rank r is from the forward of a micro-batch to its backward; 1F1B has p - r of them under way at once.
@@ -53,6 +54,7 @@ def played_s(
             cost.backward_s * slow,
             cost.input_gradient_s * slow,
             cost.weight_gradient_s * slow,
+            update_s=cost.update_s * slow,
             output_bytes=cost.output_bytes,
         )
         for cost in costs
@@ -104,7 +106,7 @@ def closed_form_s(
         case "gpipe":
             return fill_s + (m - 1) * (max(float(f.max()), c) + max(float(b.max()), c))
         case "interleaved":
-            return (float(t.sum()) + slowest_s) / 2 + 2 * (p - 1 + m / p) * c + (m - 1) * slowest_s
+            return (float(t.sum()) + slowest_s) / 2 + 2 * (2 * p - 1) * c + (m - 1) * slowest_s
         case "zero_bubble":
             k, chain = min(m, p), t - w
             first_s = float(chain.sum()) + float(w[0]) + 2 * (p - 1) * c

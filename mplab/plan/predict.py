@@ -4,14 +4,16 @@ It is the sum of
 
     compute    the mean over the ranks of what they compute: matrix products, and what launching a layer takes
     bubble     what the pipeline takes longer than that: ranks that wait for others, and unequal stages
-    tensor     messages inside the layers; nothing is computed meanwhile
+    tensor     collectives inside the layers; nothing is computed meanwhile
     pipeline   what messages between stages add, and those of tied weights
-    data       messages of gradients and weights between replicas; in ZeRO 2 and 3 what another layer's computation,
+    data       collectives for gradients and weights between replicas; in ZeRO 2 and 3 what another layer's computation,
                which goes on meanwhile, does not hide
-    update     the optimizer's reading and writing of memory
+    update     the optimizer's reading and writing of memory, and what launching it for each parameter takes; of up to 8
+               ranks with stages, what other stages' computation, which goes on meanwhile, does not hide
 
-Messages take what `Link` says for the collectives of `mplab.plan.traffic`, one after another. Kernels besides matrix
-products are not in it; a described machine's `flops_s` can allow for them.
+Messages take what `Link` says for the collectives of `mplab.plan.traffic`, one after another, and each collective, and
+each message between stages, takes the machine's `call_s` besides. Kernels besides matrix products are not in it; a
+described machine's `flops_s` can allow for them.
 
 Reference:
     Narayanan et al., "Efficient large-scale language model training on GPU clusters using Megatron-LM", SC 2021,
@@ -36,12 +38,15 @@ from mplab.plan.share import (
     Array,
     Share,
     cut_traffic,
+    data_calls,
     data_traffic,
     memory_of,
+    num_pieces,
     num_updated,
     of_stages,
     output_bytes,
     partial_gradients,
+    pipeline_calls,
     pipeline_sent,
     sharded_layers,
     share_of,
@@ -130,15 +135,15 @@ def predict(plan: Plan, model: Transformer, batch: int, machine: Machine) -> Pre
     data = data_traffic(share, plan.zero, plan.dp, num_parts)
     data_link = machine.link(plan.dp, plan.tp * plan.pp)
     data_s = _sharded_s(share, plan, machine, data_link) if plan.zero > 1 else _time_s(data, data_link)
-    update_bytes = num_updated(share, plan) * (3 * model.item_bytes + 2 * model.state_bytes)
+    call_s, num_calls = crowd * machine.call_s, data_calls(share.stages, plan.zero, plan.dp, num_parts)
     return Prediction(
         plan,
         compute_s=compute_s,
         bubble_s=max(0.0, free_s - compute_s - tensor_s),
-        tensor_s=tensor_s + _time_s(partial, tensor_link),
-        pipeline_s=max(0.0, linked_s - free_s) + _time_s(pipeline_end, pipeline_link),
-        data_s=data_s,
-        update_s=crowd * update_bytes / machine.memory_bytes_s,
+        tensor_s=tensor_s + _time_s(partial, tensor_link) + plan.sequence_parallel * call_s,
+        pipeline_s=max(0.0, linked_s - free_s) + _time_s(pipeline_end, pipeline_link) + pipeline_calls(share) * call_s,
+        data_s=data_s + num_calls * call_s,
+        update_s=_update_s(share, plan, machine, linked_s),
         tensor_bytes=num_parts * tensor_bytes(share, plan.recompute) + partial.sent_bytes,
         pipeline_bytes=pipeline_bytes,
         data_bytes=data.sent_bytes,
@@ -155,14 +160,63 @@ def _time_s(traffic: Traffic, link: Link) -> float:
 
 
 @lru_cache(maxsize=1 << 14)
-def _times(share: Share, machine: Machine) -> Array:
+def kind_times(share: Share, machine: Machine, recompute: bool = False) -> Array:
     """Of an embedding, a block and a head: what forward and backward compute, and what their messages take: (4, 3)."""
     link = machine.link(share.tp, 1)
     rows = []
     for load in layer_loads(share.model, share.size, share.tp, share.sequence_parallel):
-        computed_s = load.flops / machine.flops_s + machine.launch_s
-        rows.append((computed_s / 3, 2 * computed_s / 3, _time_s(load.forward, link), _time_s(load.backward, link)))
-    return np.array(rows).T
+        computed_s = load.flops / machine.flops_s + machine.turns * machine.launch_s
+        sent_s = (_time_s(load.forward, link), _time_s(load.backward, link))
+        called_s = (load.forward_calls * machine.call_s, load.backward_calls * machine.call_s)
+        rows.append((computed_s / 3, 2 * computed_s / 3, sent_s[0] + called_s[0], sent_s[1] + called_s[1]))
+    times = np.array(rows).T
+    return times + np.stack([0 * times[0], times[0], 0 * times[2], times[2]]) if recompute else times
+
+
+def _stage_times(share: Share, recompute: bool, machine: Machine) -> tuple[Array, Array, Array]:
+    """Forward, backward, and its part that nobody waits for, of each stage: (stages of a rank, pp)."""
+    times, stages = kind_times(share, machine, recompute), share.stages
+    later = kind_times(share, machine)[1] / 2
+    return of_stages(stages, times[0] + times[2]), of_stages(stages, times[1] + times[3]), of_stages(stages, later)
+
+
+def stage_costs(share: Share, recompute: bool, machine: Machine, update_s: float = 0.0) -> list[LayerCost]:
+    """Of each stage; each rank updates once. Gradients of weights that are put off are launched by themselves."""
+    forward, backward, weight = _stage_times(share, recompute, machine)
+    put_off = weight + of_stages(share.stages, [machine.turns * machine.launch_s / 3] * 3)
+    parts = (forward, backward, backward - weight, put_off)
+    times = zip(*(of.ravel().tolist() for of in parts), strict=True)
+    updates = [update_s] * share.pp + [0.0] * (share.stages.num_stages - share.pp)
+    return [
+        LayerCost("", f, b, i, w, update_s=update, output_bytes=sent_bytes)
+        for (f, b, i, w), sent_bytes, update in zip(times, (*output_bytes(share), 0), updates, strict=True)
+    ]
+
+
+def _update_s(share: Share, plan: Plan, machine: Machine, computed_s: float) -> float:
+    """What the updates add to a step that takes so long without them."""
+    num_bytes = num_updated(share, plan) * (3 * share.model.item_bytes + 2 * share.model.state_bytes)
+    launches_s = machine.turns * machine.update_launch_s * num_pieces(share.stages, plan.zero, plan.dp)
+    of_rank_s = num_bytes / machine.memory_bytes_s + launches_s
+    if plan.pp == 1 or machine.ranks > MOST_PLAYED:
+        return machine.ranks_per_device * of_rank_s
+    order, m = plan.schedule, plan.num_microbatches
+    return max(0.0, _updated_s(share, order, m, plan.recompute, plan.dp, machine, of_rank_s) - computed_s)
+
+
+@lru_cache(maxsize=1 << 16)
+def _updated_s(
+    share: Share, schedule: str, num_microbatches: int, recompute: bool, dp: int, machine: Machine, update_s: float
+) -> float:
+    """A pipeline's step with the update of each rank, which begins while others still compute."""
+    costs, num_devices = stage_costs(share, recompute, machine, update_s), machine.num_devices / (dp * share.tp)
+    return played_s(schedule, num_microbatches, costs, share.pp, stage_link(share, machine), num_devices)
+
+
+def stage_link(share: Share, machine: Machine) -> Link:
+    """Between two stages, with what a message takes besides."""
+    link = machine.link(share.pp, share.tp)
+    return Link(link.latency_s + machine.ranks_per_device * machine.call_s, link.bandwidth_bytes_s)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -172,26 +226,17 @@ def _pipeline(
     """A rank's mean computing and messages on the tensor axis for one micro-batch; the step without and with messages
     between stages.
     """
-    times = _times(share, machine)
-    if recompute:
-        times = times + np.stack([0 * times[0], times[0], 0 * times[2], times[2]])
+    times = kind_times(share, machine, recompute)
     computed, sent = of_stages(share.stages, times[0] + times[1]), of_stages(share.stages, times[2] + times[3])
     mean = float(computed.sum()) / share.pp, float(sent.sum()) / share.pp
-    forward, backward = of_stages(share.stages, times[0] + times[2]), of_stages(share.stages, times[1] + times[3])
+    forward, backward, weight = _stage_times(share, recompute, machine)
     crowd = machine.ranks_per_device
     if share.pp == 1:
         step_s = num_microbatches * crowd * sum(mean)
         return mean, step_s, step_s
-    weight = of_stages(share.stages, _times(share, machine)[1] / 2)
-    link, outputs = machine.link(share.pp, share.tp), output_bytes(share)
+    link, outputs = stage_link(share, machine), output_bytes(share)
     if machine.ranks <= MOST_PLAYED:
-        costs = [
-            LayerCost("", f, b, b - w, w, output_bytes=sent_bytes)
-            for f, b, w, sent_bytes in zip(
-                *(of.ravel().tolist() for of in (forward, backward, weight)), (*outputs, 0), strict=True
-            )
-        ]
-        num_devices = machine.num_devices / (dp * share.tp)
+        costs, num_devices = stage_costs(share, recompute, machine), machine.num_devices / (dp * share.tp)
         free_s, linked_s = (
             played_s(schedule, num_microbatches, costs, share.pp, used, num_devices) for used in (FREE, link)
         )
@@ -223,7 +268,7 @@ def _sharded_s(share: Share, plan: Plan, machine: Machine, link: Link) -> float:
     if plan.zero == 2:
         end_s += sum(gathers_s)
         gathers_s = [0.0] * len(gathers_s)
-    kinds_s = machine.ranks_per_device * _times(share, machine)
+    kinds_s = machine.ranks_per_device * kind_times(share, machine)
     forward_s, backward_s = (
         [float(row[0]), *[float(row[1])] * share.model.num_layers, float(row[2])] for row in kinds_s[:2]
     )

@@ -58,7 +58,7 @@ def candidates(model: Transformer, machine: Machine, batch: int) -> Iterator[Pla
 
     The tensor axis stays inside a host. Left out is what takes no less time and no less memory than another plan:
     sharding among one replica, recomputing where one micro-batch is in flight, "interleaved" where pp does not divide
-    the micro-batches.
+    the micro-batches, "naive" and "gpipe" with one micro-batch, which are "1f1b".
 
     Args:
         model: what is trained.
@@ -78,6 +78,8 @@ def candidates(model: Transformer, machine: Machine, batch: int) -> Iterator[Pla
             for num_microbatches in _divisors(batch // dp):
                 for schedule in ORDERS if pp > 1 else ("1f1b",):
                     if schedule == "interleaved" and (num_microbatches % pp or 2 * pp > model.num_layers + 2):
+                        continue
+                    if num_microbatches == 1 and schedule in ("naive", "gpipe"):
                         continue
                     can_recompute = pp > 1 and num_microbatches > 1 and schedule != "naive"
                     for zero in zeros:

@@ -188,6 +188,11 @@ def pipeline_sent(share: Share, num_microbatches: int) -> tuple[int, Traffic]:
     return most, ends[-1]
 
 
+def pipeline_calls(share: Share) -> int:
+    """Collectives on the pipeline axis in a step: of tied weights' gradients, and of the loss."""
+    return 0 if share.pp == 1 else 1 + share.model.tied
+
+
 @lru_cache(maxsize=4096)
 def _lengths(stages: Stages) -> list[tuple[int, ...]]:
     """Elements of every parameter of each rank; a matrix that is tied on one rank counts once."""
@@ -225,6 +230,19 @@ def _replicas_traffic(stages: Stages, zero: int, dp: int) -> tuple[Traffic, Traf
     layers, shared = sharded_layers(model, stages.tp)
     once, twice = (sharded_traffic(zero, dp, 0, layers, model.item_bytes, m, shared) for m in (1, 2))
     return once, Traffic(*(b - a for a, b in zip(once, twice, strict=True)))
+
+
+@lru_cache(maxsize=4096)
+def data_calls(stages: Stages, zero: int, dp: int, num_microbatches: int) -> int:
+    """Collectives on the data axis in a step; the last of them closes it."""
+    m = num_microbatches
+    if dp == 1:
+        return 0
+    if zero < 2:
+        return 3 if zero else 1 + len(buckets(max(_lengths(stages), key=sum), stages.model.item_bytes))
+    num_layers, shared = stages.model.num_layers + 2, int(stages.model.tied)
+    num_gathered = num_layers if zero == 2 else m * (2 * num_layers - 1)  # the last layer's stays for the backward
+    return num_gathered + shared + m * (num_layers + shared) + 1
 
 
 def buckets(lengths: Sequence[int], item_bytes: int, bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
@@ -322,3 +340,22 @@ def num_updated(share: Share, plan: Plan) -> int:
     """Weights that a rank updates."""
     num = int(_elements(share.stages).max())
     return -(-num // plan.dp) if plan.zero else num
+
+
+@lru_cache(maxsize=4096)
+def num_pieces(stages: Stages, zero: int, dp: int) -> int:
+    """Tensors that a rank updates, the most of any: parameters, or the parts of them that lie in its chunks."""
+    of_ranks = [[lengths] for lengths in _lengths(stages)]
+    if not zero:
+        return max(len(lengths) for (lengths,) in of_ranks)
+    if zero > 1:
+        layers, shared = sharded_layers(stages.model, stages.tp)
+        of_ranks = [[*layers, shared]]
+    return max(int(np.sum([_pieces(lengths, dp) for lengths in flats], axis=0).max()) for flats in of_ranks)
+
+
+def _pieces(lengths: Sequence[int], dp: int) -> Array:
+    """How many parameters have a part in each chunk of all of them, joined."""
+    ends, borders = np.cumsum([0, *lengths]), np.cumsum([0, *chunk_lengths(sum(lengths), dp)])[:, None]
+    nums: Array = (np.maximum(borders[:-1], ends[:-1]) < np.minimum(borders[1:], ends[1:])).sum(1)
+    return nums

@@ -67,12 +67,16 @@ class LayerLoad(NamedTuple):
         forward: its messages on the tensor axis.
         backward: its messages on the tensor axis.
         kept_bytes: from its forward to its backward, parameters left out.
+        forward_calls: collectives that its messages are of.
+        backward_calls: likewise.
     """
 
     flops: float
     forward: Traffic
     backward: Traffic
     kept_bytes: int
+    forward_calls: int
+    backward_calls: int
 
 
 @lru_cache(maxsize=1024)
@@ -111,17 +115,22 @@ def layer_loads(
     number_bytes = max(model.item_bytes, 4)
     loss = _sent("all_gather", [2 * tokens * number_bytes] * n)
     none = Traffic(0, 0, 0, 0)
-    embedding = LayerLoad(0.0, whole, whole if sequence_parallel else none, 0)
+    is_cut = int(n > 1)
+    further = int(sequence_parallel and n > 1)  # a reduce-scatter and an all-gather for an all-reduce
+    embedding = LayerLoad(0.0, whole, whole if sequence_parallel else none, 0, is_cut, further)
     both = block_traffic(block, n, 0, sequence_parallel)
     half = Traffic(*(number // 2 for number in both))  # all of a block's collectives are in pairs
-    of_block = LayerLoad(block_flops(block, n), half, half, activation_bytes(block, n, sequence_parallel))
+    num_calls = 2 * (is_cut + further)
+    kept = activation_bytes(block, n, sequence_parallel)
+    of_block = LayerLoad(block_flops(block, n), half, half, kept, num_calls, num_calls)
     own_tokens = tokens // n if sequence_parallel else tokens
     # the norm's input, its mean and deviation for each token, and its output; of each logit its logarithm
     kept = (own_tokens * (model.width + 2) + tokens * model.width) * model.item_bytes
     kept += tokens * model.vocab_size // n * number_bytes
     entry = _sent("all_gather", parts) if sequence_parallel else none
     exit_ = _sent("reduce_scatter", parts) if sequence_parallel else whole
-    head = LayerLoad(6.0 * tokens * model.width * model.vocab_size / n, total_traffic([entry, loss]), exit_, kept)
+    flops = 6.0 * tokens * model.width * model.vocab_size / n
+    head = LayerLoad(flops, total_traffic([entry, loss]), exit_, kept, is_cut + further, is_cut)
     return embedding, of_block, head
 
 

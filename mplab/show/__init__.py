@@ -5,6 +5,10 @@ from mplab.show.figures import all_reduce_times as all_reduce_times
 from mplab.show.figures import format_bytes as format_bytes
 from mplab.show.figures import link_fits as link_fits
 from mplab.show.hops import Hops as Hops
+from mplab.show.mesh_figure import mesh_figure as mesh_figure
+from mplab.show.mesh_figure import mesh_words as mesh_words
+from mplab.show.plan_explorer import PlanExplorer as PlanExplorer
+from mplab.show.plans_figure import plans_figure as plans_figure
 from mplab.show.split import SplitExplorer as SplitExplorer
 from mplab.show.tensor import TensorExplorer as TensorExplorer
 from mplab.show.tensor_figure import tensor_times_figure as tensor_times_figure

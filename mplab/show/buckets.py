@@ -17,7 +17,16 @@ from mplab.parallel.serial import LossFunction
 from mplab.plan.cost import Link
 from mplab.show.bucket_step import BucketStep, Run, Setting, hidden_share, messages_s, stalled_s
 from mplab.show.figures import format_bytes
-from mplab.show.parts import error_paragraph, ipywidgets_module, paragraph, round_rate, round_s, ruler_class, wide
+from mplab.show.parts import (
+    as_output,
+    error_paragraph,
+    ipywidgets_module,
+    paragraph,
+    round_rate,
+    round_s,
+    ruler_class,
+    wide,
+)
 from mplab.show.redraw import Timelines
 from mplab.trace.timeline import Timeline
 from mplab.trace.units import format_s
@@ -114,7 +123,7 @@ class BucketExplorer:
         self.box = widgets.VBox([self.ruler, sliders, self.words, self.figure, self.result])
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        return self.box._repr_mimebundle_(**kwargs)
+        return as_output(self, **kwargs)
 
     @property
     def setting(self) -> Setting:

@@ -39,6 +39,12 @@ def error_paragraph(error: BaseException) -> str:
     return paragraph("alert", "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))
 
 
+def as_output(explorer: Any, **kwargs: Any) -> Any:
+    """What a cell shows of an explorer: its `box`, and a sentence where no kernel runs it, as in a stored notebook."""
+    words = f"{type(explorer).__name__}: a widget. Run this cell to use it."
+    return explorer.box._repr_mimebundle_(**kwargs) | {"text/plain": words}
+
+
 @cache
 def ruler_class() -> Any:
     """The class of a widget that is not seen; its `width_px` is what the page has room for, as the browser says.

@@ -18,7 +18,7 @@ from mplab.plan.partition import check_cuts
 from mplab.show.cut_bar import cut_bar_class, shares
 from mplab.show.figures import format_bytes
 from mplab.show.forecast import Choice, Forecast, Forecaster
-from mplab.show.parts import error_paragraph, ipywidgets_module, paragraph
+from mplab.show.parts import as_output, error_paragraph, ipywidgets_module, paragraph
 from mplab.show.redraw import Loss, Timelines, loss_curve, replace, widget_of
 from mplab.show.training import Run, Training
 from mplab.trace.units import format_s
@@ -139,7 +139,7 @@ class SplitExplorer:
         )
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        return self.box._repr_mimebundle_(**kwargs)
+        return as_output(self, **kwargs)
 
     # -- what is chosen ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from mplab.errors import MplabError
 from mplab.plan.cost import Link
 from mplab.plan.tensor import Block, BlockTime, block_flops, block_traffic
 from mplab.show.figures import graph_objects
-from mplab.show.parts import error_paragraph, ipywidgets_module, paragraph, ruler_class, wide
+from mplab.show.parts import as_output, error_paragraph, ipywidgets_module, paragraph, ruler_class, wide
 from mplab.show.tensor_figure import PAYING_WIDTHS, WIDTHS, say_link, tensor_times_figure
 from mplab.show.tensor_step import MAX_RANKS, BlockRun, measure_block_speeds, median_time, ranks_up_to, run_block
 from mplab.trace.units import format_s
@@ -107,7 +107,7 @@ class TensorExplorer:
         self.box = widgets.VBox([self.ruler, sliders, self.run_button, self.words, self.figure, self.result])
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        return self.box._repr_mimebundle_(**kwargs)
+        return as_output(self, **kwargs)
 
     @property
     def block(self) -> Block:

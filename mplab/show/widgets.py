@@ -16,7 +16,7 @@ from mplab.show.figures import (
     seconds_axis,
     spoken,
 )
-from mplab.show.parts import error_paragraph, ipywidgets_module, paragraph, round_rate, round_s, wide
+from mplab.show.parts import as_output, error_paragraph, ipywidgets_module, paragraph, round_rate, round_s, wide
 from mplab.show.timing import time_all_reduce
 from mplab.trace.units import format_s
 
@@ -108,7 +108,7 @@ class CollectiveExplorer:
         self.box = widgets.VBox([sliders, choice, self.words, self.result, self.figure])
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        return self.box._repr_mimebundle_(**kwargs)
+        return as_output(self, **kwargs)
 
     @property
     def link(self) -> Link:

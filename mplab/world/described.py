@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,18 @@ from mplab.plan.cost import Link
 from mplab.plan.layout import Plan
 from mplab.plan.machines import Machine
 from mplab.plan.predict import predict
+from mplab.plan.share import Array
 from mplab.plan.transformer import Transformer
 from mplab.world.probe import Probe
+
+CALIBRATION = (
+    *(Plan(num_microbatches=m) for m in (1, 2, 4)),
+    *(Plan(dp=2, zero=zero) for zero in (0, 1)),
+    *(Plan(tp=2, num_microbatches=m) for m in (1, 4)),
+)
+"""Plans whose steps show all that `calibrated` looks for, on a machine that thread ranks share."""
+
+_FIGURES = ("flops_s", "launch_s", "call_s", "update_launch_s")
 
 
 def described(probed: Probe, num_ranks: int | None = None, link: Link | None = None) -> Machine:
@@ -47,42 +58,75 @@ def described(probed: Probe, num_ranks: int | None = None, link: Link | None = N
         2 * copied_bytes_s,  # each byte is read and written
         link or probed.link(rung).link,
         num_ranks=num_ranks,
+        one_process=True,
         source="measured: python -m mplab probe",
     )
 
 
-def calibrated(machine: Machine, model: Transformer, batch: int, step_s: Mapping[int, float]) -> Machine:
-    """The same machine with the `flops_s` and `launch_s` that plain training shows, in place of large matrix products.
+def calibrated(
+    machine: Machine, model: Transformer, batch: int, step_s: Mapping[int, float] | Mapping[Plan, float]
+) -> Machine:
+    """The same machine with the speeds that real steps show, in place of that of large matrix products.
 
-    With m micro-batches a step takes a time for arithmetic, which is always the same, and m times what launching the
-    layers takes: a line through the measured times, by least squares of the relative errors.
+    What a step takes is a sum: of its FLOPs, layers launched, collectives and parameters updated, each times what one
+    of them takes. These figures are found by least squares of the relative errors; none is below 0.
 
     Args:
         machine: whose other figures stay.
-        model: what was trained, on one rank.
+        model: what was trained.
         batch: samples of a step.
-        step_s: measured seconds of a step, for two numbers of micro-batches or more.
+        step_s: measured seconds of a step. Those of plain training, by number of micro-batches or by plan, show
+            `flops_s` and `launch_s`. Those of plans of more ranks, such as `CALIBRATION`, show `call_s` and
+            `update_launch_s`, too.
 
     Raises:
-        MplabError: fewer than two, times that are not above 0, or that no arithmetic can be found in.
+        MplabError: too few different steps, times that are not above 0, plans whose steps are no such sum, or steps
+            that no arithmetic can be found in.
     """
-    if len(step_s) < 2 or min(step_s.values()) <= 0:
+    said = {f"{key}": seconds for key, seconds in step_s.items()}
+    plans = {Plan(num_microbatches=key) if isinstance(key, int) else key: s for key, s in step_s.items()}
+    if sum(plan.num_ranks == 1 for plan in plans) < 2 or min(plans.values()) <= 0:
         raise MplabError(
-            f"steps {dict(step_s)}: give seconds above 0 for two different numbers of micro-batches or more, as {{1: "
+            f"steps {said}: give seconds above 0 for two different numbers of micro-batches or more, as {{1: "
             "0.02, 8: 0.03}"
         )
-    alone = dataclasses.replace(
-        machine, num_devices=1, devices_per_host=None, num_ranks=None, between=None, flops_s=1.0, launch_s=0.0
-    )
-    of_one = {m: predict(Plan(num_microbatches=m), model, batch, alone) for m in step_s}
-    num_layers = model.num_layers + 2
-    times = np.array([seconds - of_one[m].update_s for m, seconds in step_s.items()])
-    columns = np.array([(of_one[m].compute_s, m * num_layers) for m in step_s]) / times[:, None]
-    scale = columns.max(0)
-    seconds_a_flop, launch_s = np.linalg.lstsq(columns / scale, np.ones(len(times)))[0] / scale
-    if seconds_a_flop <= 0:
+    if no_sums := [f"{plan}" for plan in plans if plan.pp > 1 or plan.zero > 1]:
         raise MplabError(
-            f"steps {dict(step_s)} get no longer with arithmetic: measure a larger model, on an idle machine, with "
+            f"steps of {no_sums} are no sum of what they do, for some of it goes on at the same time: give those of "
+            "plans with pp=1 and zero up to 1"
+        )
+    names = _FIGURES if any(plan.num_ranks > 1 for plan in plans) else _FIGURES[:2]
+
+    def seconds(**figures: float) -> Array:
+        """Of each plan, where of these four these alone take any time."""
+        values: dict[str, Any] = dict.fromkeys(names[1:], 0.0) | {"flops_s": 1e300} | figures
+        other = dataclasses.replace(machine, **values)
+        return np.array([predict(plan, model, batch, other.with_ranks(plan.num_ranks)).step_s for plan in plans])
+
+    times, rest = np.array([*plans.values()]), seconds()
+    columns = np.stack([(seconds(**{name: 1.0}) - rest) / times for name in names], axis=1)
+    if np.linalg.matrix_rank(columns / columns.max(0)) < len(names):
+        raise MplabError(
+            f"steps of {[f'{plan}' for plan in plans]} do not tell {', '.join(names)} apart: add steps of a plan with "
+            "tp of 2, with dp of 2, and with dp of 2 and zero=1"
+        )
+    found: dict[str, Any] = dict(zip(names, _least_squares(columns, 1 - rest / times), strict=True))
+    if found["flops_s"] <= 0:
+        raise MplabError(
+            f"steps {said} get no longer with arithmetic: measure a larger model, on an idle machine, with "
             "numbers of micro-batches further apart"
         )
-    return dataclasses.replace(machine, flops_s=float(1 / seconds_a_flop), launch_s=max(0.0, float(launch_s)))
+    return dataclasses.replace(machine, **found | {"flops_s": 1 / found["flops_s"]})
+
+
+def _least_squares(columns: Array, values: Array) -> list[float]:
+    """The best weights of the columns; what would be below 0 is left out, the lowest first."""
+    scale, kept = columns.max(0), [*range(columns.shape[1])]
+    while True:
+        found = np.linalg.lstsq(columns[:, kept] / scale[kept], values)[0]
+        if len(kept) == 1 or found.min() >= 0:
+            break
+        kept.pop(int(found.argmin()))
+    weights = np.zeros(columns.shape[1])
+    weights[kept] = found / scale[kept]
+    return [float(weight) for weight in weights]

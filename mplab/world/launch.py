@@ -1,9 +1,13 @@
-"""The same world when its ranks are processes that a launcher started: torchrun, or what sets the same variables."""
+"""The same world when its ranks are processes that a launcher started.
+
+That is torchrun, or what sets the same variables; else mpirun, or what else starts MPI's processes.
+"""
 
 from __future__ import annotations
 
 import atexit
 import json
+import os
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -13,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mplab.comm.gloo import GlooWire
 from mplab.comm.guard import Guard
 from mplab.comm.ledger import Ledger
 from mplab.comm.processes import ProcessCommunicator
@@ -20,8 +25,8 @@ from mplab.errors import MplabError
 from mplab.trace.event import Event
 from mplab.trace.recorder import Recorder
 from mplab.trace.timeline import Timeline
-from mplab.world import rungs
-from mplab.world.join import Member, join
+from mplab.world import join_mpi, rungs
+from mplab.world.join import VARIABLES, Member, join
 from mplab.world.out_of_memory import out_of_memory_note
 from mplab.world.rank import Rank
 from mplab.world.state import keep_freed_memory, on_device, zero_marks
@@ -32,6 +37,20 @@ T = TypeVar("T")
 LEAVE_TIMEOUT_S, LEAVE_AFTER_FAILURE_S = 2.0, 0.5
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process."""
+    return not _missing() or _is_mpi()
+
+
+def _missing() -> list[str]:
+    """What torchrun would have set."""
+    return [name for name in VARIABLES if not os.environ.get(name)]
+
+
+def _is_mpi() -> bool:
+    return any(os.environ.get(name) for name in join_mpi.VARIABLES)
+
+
 class ProcessWorld:
     """The world that this process is one rank of; made by `World.from_env()`.
 
@@ -39,19 +58,21 @@ class ProcessWorld:
         rank: this process's rank.
         members: all processes, in rank order.
         timeout_s: the longest that a rank may wait for another.
+        mpi: the way that messages take, if it is not torch.distributed.
     """
 
-    def __init__(self, rank: int, members: list[Member], timeout_s: float) -> None:
+    def __init__(self, rank: int, members: list[Member], timeout_s: float, mpi: join_mpi.Joined | None = None) -> None:
         self.size, self.timeout_s = len(members), timeout_s
         self.devices = tuple(torch.device(m.device) for m in members)
-        self.backend = "nccl" if self.devices[rank].type == "cuda" else "gloo"
+        self._mpi = mpi
+        self.backend = "mpi" if mpi is not None else "nccl" if self.devices[rank].type == "cuda" else "gloo"
         places = [member.place for member in members]
         self._num_local, self._num_hosts = places.count(places[rank]), len(set(places))
         if self._num_local > 1:
             torch.set_num_threads(1)
         if self.devices[rank].type == "cpu":
             keep_freed_memory()
-        self._guard = Guard(rank, self.size, timeout_s)
+        self._guard = Guard(rank, self.size, timeout_s, GlooWire if mpi is None else mpi.make_wire)
         self.rank = self._new_rank()
         self._events: list[torch.Tensor] = []
         self._is_open = True
@@ -65,17 +86,28 @@ class ProcessWorld:
             timeout_s: the longest that a rank may wait for another; joining may take 30 s in any case.
 
         Raises:
-            MplabError: no launcher started this process, one of the others did not come, or GPUs are too few.
+            MplabError: no launcher started this process, one of the others did not come, or GPUs are too few; or it
+                takes mpi4py, which is missing.
         """
         if not (isinstance(timeout_s, int | float) and timeout_s > 0):
             raise MplabError(f"timeout_s={timeout_s!r}: a time-out is a positive number of seconds")
+        missing = _missing()
+        if missing and _is_mpi():
+            mpi = join_mpi.join(timeout_s)
+            return cls(mpi.rank, mpi.members, timeout_s, mpi)
+        if missing:
+            raise MplabError(
+                f"World.from_env() needs a launcher, which would have set {', '.join(missing)}: start the script with "
+                "`torchrun --nproc-per-node=2 script.py` or `mpirun -n 2 python -m mpi4py script.py`, or use World(n) "
+                "for ranks in this process"
+            )
         rank, members = join(timeout_s)
         return cls(rank, members, timeout_s)
 
     def _new_rank(self) -> Rank:
         me, device = self._guard.rank, self.devices[self._guard.rank]
         trace, everyone = Recorder(me, device), tuple(range(self.size))
-        comm = ProcessCommunicator(me, everyone, device, Ledger(me), trace, self._guard, device.type == "cuda")
+        comm = ProcessCommunicator(me, everyone, device, Ledger(me), trace, self._guard, self.backend == "nccl")
         return Rank(me, self.size, device, torch.Generator(device).manual_seed(me), comm, trace)
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -122,8 +154,12 @@ class ProcessWorld:
         if self._is_open:
             self._is_open = False
             atexit.unregister(self.close)
-            self._guard.leave(LEAVE_TIMEOUT_S if self._guard.failure is None else LEAVE_AFTER_FAILURE_S)
-            dist.destroy_process_group()
+            has_failed = self._guard.failure is not None
+            self._guard.leave(LEAVE_AFTER_FAILURE_S if has_failed else LEAVE_TIMEOUT_S)
+            if self._mpi is None:
+                dist.destroy_process_group()
+            else:
+                join_mpi.leave(has_failed)
 
     def __enter__(self) -> ProcessWorld:
         return self
@@ -145,7 +181,7 @@ class ProcessWorld:
 
     @property
     def _sharing(self) -> str:
-        num_cores = rungs.num_cores()
+        num_cores = rungs.num_cores() if self._mpi is None else self._mpi.num_cores
         return f"{self._num_local} ranks share {num_cores} cores" if self._num_local > num_cores else ""
 
     @property

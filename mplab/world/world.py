@@ -82,7 +82,7 @@ class World:
 
     @staticmethod
     def from_env(timeout_s: float = 30.0) -> ProcessWorld:
-        """The world that torchrun started this process in: the same `run`, on this process's rank.
+        """The world that torchrun or mpirun started this process in: the same `run`, on this process's rank.
 
         Raises:
             MplabError: this process was not started by a launcher.

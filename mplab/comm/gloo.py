@@ -1,0 +1,127 @@
+"""Parcels over torch.distributed's `isend` and `irecv`.
+
+A parcel travels as one *frame* of fixed size and, if it is longer, a second message with the rest. One thread for every
+peer receives at all times.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mplab.comm.wire import FRAME_BYTES, Deliver, Lose, Parcel, Wire, lengths, opened
+
+# gloo must never give up by itself, for that breaks the connection: who waits too long is the guard's to say.
+_FOREVER = timedelta(days=365)
+_FRAME_TAG, _REST_TAG, _NO_TAG = 0, 1, 3
+# For threads to end after their connections were broken.
+_BREAK_S = 1.0
+
+
+class GlooWire(Wire):
+    """One process's connections to all others in torch.distributed's default group.
+
+    Args:
+        rank: this process's rank in the default group.
+        size: ranks in it.
+        deliver: see `Wire`; called from the peer's own thread.
+        lose: see `Wire`.
+    """
+
+    def __init__(self, rank: int, size: int, deliver: Deliver, lose: Lose) -> None:
+        super().__init__(rank, size, deliver, lose)
+        self._sending = threading.Lock()
+        self._in_flight: SimpleQueue[Any] = SimpleQueue()
+        self._receivers = [
+            threading.Thread(target=self._receive, args=(p,), daemon=True, name=f"mplab-from{p}") for p in self.peers
+        ]
+        self._releaser = threading.Thread(target=self._release_sent, daemon=True, name="mplab-sent")
+        for thread in (*self._receivers, self._releaser):
+            thread.start()
+
+    def expect(self) -> None:
+        pass  # its threads do nothing else
+
+    def flush(self, timeout_s: float) -> None:
+        is_flushed = threading.Event()
+        self._in_flight.put(is_flushed)
+        is_flushed.wait(timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        end_s = time.monotonic() + timeout_s
+        self._in_flight.put(None)
+        for thread in (*self._receivers, self._releaser):
+            thread.join(max(0.0, end_s - time.monotonic()))
+        for peer in self.peers:
+            if any(thread.is_alive() for thread in (*self._receivers, self._releaser)):
+                with suppress(RuntimeError):  # a wait that expires breaks all of this process's connections
+                    never = torch.empty(1, dtype=torch.uint8, device="cpu")
+                    _wait(dist.irecv(never, peer, tag=_NO_TAG), timedelta(milliseconds=1))
+                for thread in (*self._receivers, self._releaser):
+                    thread.join(_BREAK_S / len(self.peers))
+
+    def _post(self, peers: Sequence[int], memory: Tensor, num_bytes: int, borrowed: bool) -> None:
+        broken = []
+        with self._sending:  # a frame and its rest, of one parcel after the other
+            works = []
+            for peer in peers:
+                try:
+                    works.append(dist.isend(memory[:FRAME_BYTES], peer, tag=_FRAME_TAG))
+                    if num_bytes > FRAME_BYTES:
+                        works.append(dist.isend(memory[FRAME_BYTES:num_bytes], peer, tag=_REST_TAG))
+                except RuntimeError as error:
+                    broken.append((peer, _reason(error)))
+        self._in_flight.put((works, memory))
+        for peer, reason in broken:
+            self._lose(peer, reason)
+
+    def _receive(self, peer: int) -> None:
+        try:
+            while self._deliver(peer, self._next(peer)):
+                pass
+        except RuntimeError as error:
+            self._lose(peer, _reason(error))
+
+    def _next(self, peer: int) -> Parcel:
+        memory = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        _wait(dist.irecv(memory, peer, tag=_FRAME_TAG))
+        came_ns = time.perf_counter_ns()
+        num_bytes, _, borrowed = lengths(memory)
+        if num_bytes > FRAME_BYTES:
+            frame, memory = memory, self._room(num_bytes, borrowed)
+            memory[:FRAME_BYTES] = frame
+            _wait(dist.irecv(memory[FRAME_BYTES:num_bytes], peer, tag=_REST_TAG))
+        return opened(memory, came_ns)
+
+    def _release_sent(self) -> None:
+        """Free what has been sent: in a thread of its own, for gloo tells only who waits for it that a send is over."""
+        while (item := self._in_flight.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            works, memory = item
+            for work in works:
+                with suppress(RuntimeError):  # the thread that receives from this peer hears of it too, and tells
+                    _wait(work)
+            self._spare.give(memory)
+            del item, works, memory
+
+
+def _wait(work: dist.Work | None, timeout: timedelta = _FOREVER) -> None:
+    assert work is not None
+    work.wait(timeout)
+
+
+def _reason(error: RuntimeError) -> str:
+    """gloo's message without the place in its source, and its first sentence alone."""
+    return re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0]

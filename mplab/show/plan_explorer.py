@@ -1,0 +1,310 @@
+"""Plans to choose: what each should take and hold, drawn while a control moves, and what it takes when it runs."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from mplab.errors import MplabError
+from mplab.models import GPTConfig
+from mplab.plan.layout import Plan
+from mplab.plan.machines import Machine
+from mplab.plan.predict import Prediction, predict
+from mplab.plan.search import search
+from mplab.plan.share import Stages, bounds, share_of
+from mplab.plan.transformer import Transformer
+from mplab.show.figures import graph_objects
+from mplab.show.parts import as_output, error_paragraph, ipywidgets_module, paragraph, ruler_class
+from mplab.show.plan_controls import HERE, MOST_HANDLES, PlanControls, layer_names
+from mplab.show.plan_figure import MEMORY_PARTS, PARTS, MeasuredParts, plan_figure, redraw_plan
+from mplab.show.plan_run import PlanRun, measured_machine, run_plan, sizes_of
+from mplab.show.plan_timeline import PredictedStep, layer_times, predicted_step
+from mplab.show.redraw import replace, widget_of
+from mplab.trace.compare import PREDICTED, ROW_PX, Comparison
+from mplab.trace.figure import Band, draw_bands
+from mplab.trace.units import format_s
+from mplab.world.probe import format_rate
+
+MAX_RUN_S = 10.0
+LARGEST_RANKS = 8  # of this machine
+_NOTHING_S = 1e-10  # what rounding leaves of a part that is not there
+_ROW_PX = 44  # of a machine that is not here: nothing will be measured below
+
+
+class PlanExplorer:
+    """A GPT laid out over ranks: what a plan should take on a machine, and what it takes when it runs on this one.
+
+    Show it as the last expression of a cell; `box` is the widget. Every control can be moved with the arrow keys, and
+    what is drawn is said in words.
+
+    With every move the step is predicted again: its parts, its timeline, and the memory of a rank. What can't be
+    together is refused in words, and what was drawn before stays. "Best" takes the plan that should be the fastest of
+    all that fit. "Run it" really trains by the plan, on thread ranks of this machine's cores, and draws what it
+    measured below what it predicted; other machines, and the large model, can only be predicted.
+
+    Args:
+        config: of the GPT that runs here; None: 4 blocks of width 128.
+        batch_size: its samples of a step, of all replicas together.
+        world_size_max: the most ranks of this machine, 1 to 8.
+        num_steps: of a run, 1 or more, not counting a first one that warms up.
+        plan: at the start; None: all ranks in two replicas, each cut over the tensor axis.
+        machine: this machine's figures; None: measured, which takes some seconds.
+
+    Raises:
+        MplabError: ipywidgets, plotly or anywidget is not installed; or a start that there is not.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig | None = None,
+        batch_size: int = 16,
+        world_size_max: int = 4,
+        num_steps: int = 5,
+        plan: Plan | None = None,
+        machine: Machine | None = None,
+    ) -> None:
+        widgets, go = ipywidgets_module(), graph_objects()
+        self._config, self._num_steps = config or GPTConfig(num_layers=4), num_steps
+        _check_start(batch_size, world_size_max, num_steps)
+        here = machine or measured_machine(self._config, batch_size)
+        self.controls = PlanControls(sizes_of(self._config), batch_size, here, world_size_max, self._changed)
+        self.best_button = widgets.Button(
+            description="Best", icon="bullseye", tooltip="The plan that should be fastest of all that fit the memory"
+        )
+        self.run_button = widgets.Button(
+            description="Run it",
+            icon="play",
+            button_style="primary",
+            tooltip=f"Train {1 + num_steps} steps on this machine, laid out like this",
+        )
+        # Heights are kept free, so that the figures stay where they are while the texts change.
+        self.words = widgets.HTML()
+        self.result = widgets.HTML(layout={"min_height": "6.5em"})
+        dp = 2 if world_size_max % 2 == 0 else 1
+        self.controls.plan = plan or Plan(dp=dp, tp=world_size_max // dp if world_size_max % 2 == 0 else 1)
+        self._prediction = self.prediction
+        self._step = self._draw_all_but_figures()
+        self.figure = go.FigureWidget(plan_figure(*self._shown(None)))
+        self.figure.update_layout(autosize=True)
+        self.timeline_figure = widget_of(self._timeline(None))
+        self.best_button.on_click(self._best)
+        self.run_button.on_click(self._run)
+        self.ruler = ruler_class()()
+        self.ruler.observe(self._fit, names="width_px")
+        self.box = widgets.VBox(
+            [self.ruler, *self._controls(widgets), self.words, self.figure, self.result, self.timeline_figure]
+        )
+
+    def _controls(self, widgets: Any) -> list[Any]:
+        of = self.controls
+        pairs = [of.model, of.machine, of.dp, of.schedule, of.pp, of.num_microbatches, of.tp, of.zero]
+        grid = {"grid_template_columns": "repeat(auto-fit, minmax(min(310px, 100%), 1fr))", "width": "100%"}
+        row = {"align_items": "center", "flex_flow": "row wrap"}
+        switches = [of.sequence_parallel, of.recompute, self.best_button, self.run_button]
+        return [widgets.GridBox(pairs, layout=grid), of.bar, widgets.HBox(switches, layout=row)]
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        return as_output(self, **kwargs)
+
+    # -- what is chosen ------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """What the controls say; can be set.
+
+        Raises:
+            MplabError: settings that exclude each other.
+        """
+        return self.controls.plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self.controls.plan = plan
+
+    @property
+    def model(self) -> Transformer:
+        """The chosen one's sizes."""
+        return self.controls.sizes
+
+    @property
+    def machine(self) -> Machine:
+        """The chosen one, with the plan's ranks.
+
+        Raises:
+            MplabError: a plan that can't be, or of more ranks than there are.
+        """
+        return self.controls.machine_of(self.plan)
+
+    @property
+    def prediction(self) -> Prediction:
+        """What a step of the plan should take.
+
+        Raises:
+            MplabError: a plan that can't be, or that the model, the batch or the machine can't have.
+        """
+        return predict(self.plan, self.model, self.controls.batch_size, self.machine)
+
+    def _changed(self) -> None:
+        if not hasattr(self, "timeline_figure"):
+            return  # it is being made
+        try:
+            self._prediction = self.prediction
+            self._step = self._draw_all_but_figures()
+            self._draw(None)
+        except MplabError as error:
+            self.run_button.disabled = True
+            self.words.value = paragraph("status", f"{error}\nDrawn is still: {self._prediction.plan}.")
+            self.result.value = self._why_not()
+        except (Exception, KeyboardInterrupt) as error:
+            self.result.value = error_paragraph(error)
+
+    def _best(self, button: object) -> None:
+        self.best_button.disabled, self.best_button.description = True, "Searching …"
+        try:
+            found = [search(self.model, each, self.controls.batch_size)[0] for each in self.controls.machines()]
+            self.plan = min(found, key=lambda prediction: prediction.step_s).plan
+        except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
+            self.result.value = error_paragraph(error)
+        finally:
+            self.best_button.disabled, self.best_button.description = False, "Best"
+
+    def _fit(self, change: object) -> None:
+        """A figure alone would be 700 px wide until it is drawn again."""
+        for figure in (self.figure, self.timeline_figure):
+            figure.layout.width = self.ruler.width_px
+
+    # -- what is drawn -------------------------------------------------------------------------------------------------
+
+    def _draw_all_but_figures(self) -> PredictedStep:
+        of, prediction = self.controls, self._prediction
+        where = (of.sizes, of.batch_size, of.machine_of(prediction.plan))
+        of.keep(prediction.plan)
+        of.draw_bar(prediction.plan, layer_times(prediction.plan, *where))
+        self.words.layout.min_height = f"{1.5 * (7 + min(prediction.plan.num_stages, MOST_HANDLES) // 3)}em"
+        self.words.value = paragraph("status", self._words(prediction))
+        self.run_button.disabled = not of.is_here
+        self.result.value = self._why_not()
+        return predicted_step(prediction, *where)
+
+    def _draw(self, run: PlanRun | None) -> None:
+        redraw_plan(self.figure, *self._shown(run))
+        figure = self._timeline(run)
+        with self.timeline_figure.batch_update():
+            self.timeline_figure.layout.yaxis.tickvals = figure.layout.yaxis.tickvals
+            self.timeline_figure.layout.yaxis.ticktext = figure.layout.yaxis.ticktext
+            replace(self.timeline_figure, figure)
+
+    def _shown(self, run: PlanRun | None) -> tuple[Prediction, Machine, MeasuredParts | None, str]:
+        """What the bars show."""
+        unmeasured = "not measured yet" if self.controls.is_here else "not measured: it can't run here"
+        machine = self.controls.machine_of(self._prediction.plan)
+        return self._prediction, machine, None if run is None else run.parts, unmeasured
+
+    def _timeline(self, run: PlanRun | None) -> Any:
+        predicted, step_s = self._step.timeline, format_s(self._prediction.step_s)
+        if run is not None:
+            figure = Comparison(predicted, run.step).figure()
+            measured_s = format_s(max(event.end_s for event in run.step.events))
+            figure.layout.title.text = f"Median step: predicted {step_s}, measured {measured_s}"
+        elif self.controls.is_here:
+            title = f"Predicted {step_s}, not measured yet"
+            figure = draw_bands([(predicted.events, PREDICTED)], predicted.num_ranks, predicted.notes, title, ROW_PX)
+        else:
+            band = Band(height=0.8, is_outlined=True)
+            title = f"Predicted {step_s} a step"
+            figure = draw_bands([(predicted.events, band)], predicted.num_ranks, predicted.notes, title, _ROW_PX)
+        figure.update_yaxes(ticktext=self._step.rows)
+        return figure.update_layout(autosize=True)
+
+    def describe(self) -> str:
+        """What is drawn in words: the step and its parts, what a rank holds and sends; or why the plan can't be."""
+        try:
+            return self._words(self.prediction)
+        except MplabError as error:
+            return str(error)
+
+    def _words(self, prediction: Prediction) -> str:
+        plan, of, memory = prediction.plan, self.controls, prediction.memory
+        machine = of.machine_of(plan)
+        size = share_of(plan, of.sizes, of.batch_size).size
+        parts = [f"{name} {format_s(s)}" for name in PARTS if (s := getattr(prediction, f"{name}_s")) > _NOTHING_S]
+        held = [f"{name} {_bytes(getattr(memory, f'{name}_bytes'))}" for name in MEMORY_PARTS]
+        sent = [
+            f"{_bytes(size_bytes)} on the {name} axis"
+            for name in ("tensor", "pipeline", "data")
+            if (size_bytes := getattr(prediction, f"{name}_bytes"))
+        ]
+        fits = "It fits." if prediction.fits else "It does not fit."
+        lines = [
+            f"{plan}. {of.model.label}, {of.sizes.num_parameters:,} parameters, {of.batch_size:,} samples a "
+            f"step, {size} a micro-batch, on {machine.name}.",
+            f"Predicted: {format_s(prediction.step_s)} a step: {', '.join(parts)}.",
+            f"The rank that holds the most needs {_bytes(memory.total_bytes)} ({', '.join(held)}); it has "
+            f"{_bytes(machine.rank_memory_bytes)}. {fits}",
+            f"In a step a rank sends up to {' and '.join(sent)}." if sent else "Nothing is sent.",
+        ]
+        if 1 < plan.num_stages <= MOST_HANDLES + 1:
+            names = layer_names(of.sizes)
+            ends = bounds(Stages(of.sizes, plan.tp, plan.pp, plan.num_stages, plan.cuts))
+            lines.append(f"Stages: {', '.join(_from_to(names[start:end]) for start, end in ends)}.")
+        return "\n".join(lines)
+
+    def _why_not(self) -> str:
+        """Why it can't run; nothing where it can, or could with another plan."""
+        if self.controls.is_here:
+            return ""
+        why = "the model is too large for this machine, and is only predicted"
+        if self.controls.machine.value != HERE:
+            why = f"{self.controls.machine.value} is described by its figures, and not this machine"
+        return paragraph("status", f"It can't run here: {why}.")
+
+    # -- the real thing ------------------------------------------------------------------------------------------------
+
+    def _run(self, button: object) -> None:
+        self.run_button.disabled, self.run_button.description = True, "Running …"
+        try:
+            all_s = (1 + self._num_steps) * self._prediction.step_s
+            if all_s > MAX_RUN_S:
+                raise MplabError(
+                    f"{format_s(all_s)} are predicted for {1 + self._num_steps} steps, and the button stops at "
+                    f"{format_s(MAX_RUN_S)}: take fewer micro-batches or another plan"
+                )
+            run = run_plan(self._prediction.plan, self._config, self.controls.batch_size, self._num_steps)
+            self._draw(run)
+            self.result.value = paragraph("status", self._result_words(run))
+        except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
+            self.result.value = error_paragraph(error)
+        finally:
+            self.run_button.disabled, self.run_button.description = False, "Run it"
+
+    def _result_words(self, run: PlanRun) -> str:
+        prediction, middle_s, parts = self._prediction, median(run.times_s), run.parts
+        away_s = prediction.step_s - prediction.compute_s - prediction.update_s
+        return "\n".join(
+            [
+                f"{len(run.losses)} steps really ran, the first to warm up. Median step: {format_s(middle_s)} measured "
+                f"(from {format_s(min(run.times_s))} to {format_s(max(run.times_s))}), "
+                f"{format_s(prediction.step_s)} predicted: {middle_s / prediction.step_s:.3g} times as long.",
+                f"Computing {format_s(parts.compute_s)} measured, {format_s(prediction.compute_s)} predicted; messages "
+                f"and waiting {format_s(parts.away_s)}, {format_s(away_s)} predicted; update "
+                f"{format_s(parts.update_s)}, {format_s(prediction.update_s)} predicted; means of the ranks.",
+                f"The loss went from {run.losses[0]:.4f} to {run.losses[-1]:.4f}, as on one rank alone: the losses "
+                f"differ by {run.difference:.2g} at most.",
+            ]
+        )
+
+
+def _from_to(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _bytes(size: float) -> str:
+    return format_rate(size, "B")
+
+
+def _check_start(batch_size: int, world_size_max: int, num_steps: int) -> None:
+    if not 1 <= world_size_max <= LARGEST_RANKS or batch_size < 1 or num_steps < 1:
+        raise MplabError(
+            f"batch_size={batch_size}, world_size_max={world_size_max}, num_steps={num_steps}: give 1 or more of each, "
+            f"and at most {LARGEST_RANKS} ranks"
+        )
