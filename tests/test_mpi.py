@@ -275,6 +275,8 @@ def test_an_interrupted_launch_ends(tmp_path: Path, script: Path) -> None:
         sent_s = time.monotonic()
         assert run.wait() != [0]
         assert time.monotonic() - sent_s < 2
+        while time.monotonic() - sent_s < END_S and any(is_running(pid) for pid in run.pids()):
+            time.sleep(0.05)  # what mpirun has killed may take a moment to be gone
         assert not [pid for pid in run.pids() if is_running(pid)]
 
 

@@ -105,7 +105,6 @@ def test_the_machines_that_come_along() -> None:
         ({"between": 3}, "between=3: must be a Link"),
         ({"devices_per_host": 3}, "4 devices, 3 a host: all hosts have as many"),
         ({"devices_per_host": 2}, "2 hosts: say what links them"),
-        ({"num_ranks": 6}, "6 ranks on 4 devices"),
     ],
     ids=str,
 )

@@ -174,7 +174,8 @@ def tensor_parallel_traffic(
         sequence_parallel: as for `TensorParallel`.
         num_microbatches: as for `TensorParallel`.
         has_max_norm: whether gradients that are too long are scaled down.
-        is_first: whether it is the first step, in which the ranks compare their batches: an all_gather of 8 bytes more.
+        is_first: whether it is the first step, in which the ranks compare their batches, an all_gather of 8 bytes more,
+            and their gradients of what is not cut, one of 16 bytes for each parameter.
         context_length: the GPT's, on which sequence parallelism's traffic depends; None: as long as the sequence.
     """
     _check(block, num_ranks, rank, sequence_parallel)
@@ -200,7 +201,9 @@ def tensor_parallel_traffic(
     if has_max_norm:
         calls.append(_all_reduce(1, num_ranks, _COUNT_BYTES))
     if is_first:
+        num_whole = 6 * block.num_layers + 3  # norms, row biases, positions
         calls.append(("all_gather", [_COUNT_BYTES] * num_ranks))
+        calls.append(("all_gather", [2 * _COUNT_BYTES * num_whole] * num_ranks))
     return _traffic(rank, calls)
 
 
