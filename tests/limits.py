@@ -38,7 +38,7 @@ def at_most(seconds: float) -> Iterator[None]:
 def leaves_nothing_behind() -> Iterator[None]:
     """Import it into a module: after each of its tests threads and torch's settings are as they were."""
     before = settings()
-    with at_most(60):
+    with at_most(150):
         yield
     until = time.monotonic() + 1
     while ranks_alive() and time.monotonic() < until:

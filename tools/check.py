@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-NUM_WORKERS = 3  # for two cores: tests wait for processes, browsers and kernels, and others compute meanwhile
+NUM_WORKERS = 2  # with a third one, processes of two cores wait for each other past their deadlines
 STEPS: dict[str, list[list[str]]] = {
     "linters": [
         ["ruff", "check"],

@@ -141,7 +141,8 @@ class Machine:
             said += f", {self._per_host} a host"
         if self.ranks_per_device > 1:
             said += f", shared by {self.ranks} ranks"
-        said += f"; each {self.flops_s / 1e12:.3g} TFLOP/s, {self.memory_bytes / 1e9:.3g} GB; links: {self.inside}"
+        rate = f"{self.flops_s / 1e12:.3g} TFLOP/s" if self.flops_s >= 1e12 else f"{self.flops_s / 1e9:.3g} GFLOP/s"
+        said += f"; each {rate}, {self.memory_bytes / 1e9:.3g} GB; links: {self.inside}"
         return said + (f"; between hosts {self.between}" if self.between else "")
 
     # -- as a file -----------------------------------------------------------------------------------------------------
