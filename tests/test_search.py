@@ -82,6 +82,7 @@ def test_the_machines_that_come_along() -> None:
     }
     assert all(m.source and m.flops_s < 989e12 for m in MACHINES.values())
     assert str(CLUSTER).startswith("64 x 8 H100: 512 devices, 8 a host; each 593 TFLOP/s, 80 GB; links: 3.00 µs")
+    assert "; each 593 GFLOP/s, " in str(replace(CLUSTER, flops_s=593e9))
 
 
 @pytest.mark.parametrize(
