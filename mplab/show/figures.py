@@ -16,6 +16,30 @@ SIZES_BYTES = tuple(1 << k for k in range(8, 25))  # 256 B to 16 MiB
 _NOTE_PX = 17  # a line of a note
 
 
+class BarLook(NamedTuple):
+    """Of a part of a bar: told apart by hatching; predicted and measured by lightness. After Okabe and Ito.
+
+    Args:
+        fill: what was measured.
+        pale: what was predicted.
+        text: on what was measured; on the other it is black.
+        hatching: plotly's name for it.
+    """
+
+    fill: str
+    pale: str
+    text: str
+    hatching: str
+
+
+MEMORY_LOOKS = {
+    "parameters": BarLook("#0072B2", "#D5EAF7", "white", ""),
+    "gradients": BarLook("#F5C26B", "#FDF3E0", "black", "/"),
+    "optimizer": BarLook("#8CCBF0", "#E8F5FC", "black", "x"),
+    "activations": BarLook("#00775B", "#D3EEE6", "white", "."),
+}
+
+
 class Look(NamedTuple):
     """How one of several things is drawn: told apart by colour, by dashes and by the shape of its marks."""
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mplab.plan.machines import Machine
 from mplab.plan.predict import Prediction
 from mplab.plan.zero import Memory
-from mplab.show.figures import graph_objects, lay_out
+from mplab.show.figures import MEMORY_LOOKS, BarLook, graph_objects, lay_out
 from mplab.trace.figure import wrapped
 from mplab.trace.units import format_s, unit_of
 from mplab.world.probe import format_rate
@@ -26,27 +26,15 @@ _NOTE_LINES = 5
 _FAR = 2.5  # times what a rank holds: a memory beyond that is named, not drawn
 
 
-class _Look(NamedTuple):
-    """Told apart by hatching; predicted and measured by lightness, and by their rows. After Okabe and Ito."""
-
-    fill: str
-    pale: str
-    text: str
-    hatching: str
-
-
 _LOOKS = {
-    "parameters": _Look("#0072B2", "#D5EAF7", "white", ""),
-    "gradients": _Look("#F5C26B", "#FDF3E0", "black", "/"),
-    "optimizer": _Look("#8CCBF0", "#E8F5FC", "black", "x"),
-    "activations": _Look("#00775B", "#D3EEE6", "white", "."),
-    "compute": _Look("#0072B2", "#D5EAF7", "white", ""),
-    "bubble": _Look("#B0B0B0", "#F4F4F4", "black", "x"),
-    "tensor": _Look("#D55E00", "#FBDCC6", "white", "/"),
-    "pipeline": _Look("#8CCBF0", "#E8F5FC", "black", "-"),
-    "data": _Look("#00775B", "#D3EEE6", "white", "."),
-    "update": _Look("#7A3E8F", "#EBDCF0", "white", "|"),
-    _AWAY: _Look("#F5C26B", "#FDF3E0", "black", "\\"),
+    **MEMORY_LOOKS,
+    "compute": BarLook("#0072B2", "#D5EAF7", "white", ""),
+    "bubble": BarLook("#B0B0B0", "#F4F4F4", "black", "x"),
+    "tensor": BarLook("#D55E00", "#FBDCC6", "white", "/"),
+    "pipeline": BarLook("#8CCBF0", "#E8F5FC", "black", "-"),
+    "data": BarLook("#00775B", "#D3EEE6", "white", "."),
+    "update": BarLook("#7A3E8F", "#EBDCF0", "white", "|"),
+    _AWAY: BarLook("#F5C26B", "#FDF3E0", "black", "\\"),
 }
 _MEASURED = ("compute", _AWAY, "update")
 

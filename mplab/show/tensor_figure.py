@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from mplab.plan.cost import Link
 from mplab.plan.tensor import Block, BlockTime
-from mplab.show.figures import LOOKS, Look, graph_objects, lay_out, seconds_axis
+from mplab.show.figures import LOOKS, BarLook, Look, graph_objects, lay_out, seconds_axis
 from mplab.show.parts import round_rate, round_s
 from mplab.show.tensor_step import BlockRun, BlockSpeeds, median_time
 from mplab.trace.units import format_s, unit_of
@@ -24,18 +24,9 @@ _ROWS = (0.0, 1.0, 2.3, 3.3)  # one rank predicted and measured, all ranks predi
 _NARROW_PLOT_PX = 430  # what the bars get in a figure 600 px wide
 
 
-class _Look(NamedTuple):
-    """Told apart by hatching; predicted and measured by lightness, and by their rows. After Okabe and Ito."""
-
-    fill: str
-    pale: str
-    text: str
-    hatching: str
-
-
 _BARS = {
-    "compute": _Look("#0072B2", "#D5EAF7", "white", ""),
-    "messages, and waiting for them": _Look("#F5C26B", "#FDF3E0", "black", "/"),
+    "compute": BarLook("#0072B2", "#D5EAF7", "white", ""),
+    "messages, and waiting for them": BarLook("#F5C26B", "#FDF3E0", "black", "/"),
 }
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from mplab.errors import MplabError
 from mplab.plan.zero import Memory
-from mplab.show.figures import graph_objects, lay_out
+from mplab.show.figures import MEMORY_LOOKS, BarLook, graph_objects, lay_out
 
 _MIB = 1 << 20
 _WIDTH, _APART = 0.38, 0.41  # of a bar, and of the middles of two, in stages
@@ -15,22 +15,7 @@ _PLOT_PX, _LABEL_PX = 330, 15
 _ROOM = 1.1  # of the axis, for the sums on top of the bars
 
 
-class _Look(NamedTuple):
-    """Told apart by hatching, and by lightness; after Okabe and Ito."""
-
-    fill: str
-    pale: str
-    text: str
-    hatching: str
-
-
-_LOOKS = {
-    "parameters": _Look("#0072B2", "#D5EAF7", "white", ""),
-    "gradients": _Look("#F5C26B", "#FDF3E0", "black", "/"),
-    "optimizer": _Look("#8CCBF0", "#E8F5FC", "black", "x"),
-    "activations": _Look("#00775B", "#D3EEE6", "white", "."),
-}
-_ALL_TOGETHER = _Look("#B0B0B0", "#EDEDED", "black", "-")
+_ALL_TOGETHER = BarLook("#B0B0B0", "#EDEDED", "black", "-")
 
 
 def zero_memory_figure(
@@ -56,12 +41,12 @@ def zero_memory_figure(
     kinds = {"predicted": (predicted, -apart), "measured": (measured, apart)}
     highest = max(_total(memory) for memories, _ in kinds.values() for memory in memories.values())
     for kind, (memories, aside) in kinds.items():
-        for name, look in {**_LOOKS, "all together": _ALL_TOGETHER}.items():
+        for name, look in {**MEMORY_LOOKS, "all together": _ALL_TOGETHER}.items():
             sizes = {stage: _parts(memory)[name] for stage, memory in memories.items() if name in _parts(memory)}
             if not any(sizes.values()):
                 continue
             tall_bytes = highest * _ROOM * _LABEL_PX / _PLOT_PX  # enough for a label
-            in_legend = name if name in _LOOKS else f"{kind}, {name}"
+            in_legend = name if name in MEMORY_LOOKS else f"{kind}, {name}"
             figure.add_bar(
                 name=in_legend,
                 legendgroup=in_legend,
@@ -69,7 +54,7 @@ def zero_memory_figure(
                 x=[stage + aside for stage in sizes],
                 y=[size / _MIB for size in sizes.values()],
                 width=_WIDTH,
-                text=[_mib(size) if size >= tall_bytes and name in _LOOKS else "" for size in sizes.values()],
+                text=[_mib(size) if size >= tall_bytes and name in MEMORY_LOOKS else "" for size in sizes.values()],
                 textposition="inside",
                 insidetextanchor="middle",
                 constraintext="none",
@@ -120,13 +105,13 @@ def zero_memory_table(predicted: Mapping[int, Memory], measured: Mapping[int, Me
         MplabError: nothing is predicted, or something is measured that is not.
     """
     measured = _check(predicted, measured)
-    rows = [["stage", "", *_LOOKS, "all together", "of stage 0"]]
+    rows = [["stage", "", *MEMORY_LOOKS, "all together", "of stage 0"]]
     for stage, memory in predicted.items():
         for kind, of_kind in (("predicted", predicted), ("measured", measured)):
             if stage in of_kind:
                 parts, first = _parts(of_kind[stage]), of_kind.get(0)
                 share = f"{100 * _total(of_kind[stage]) / _total(first):.1f} %" if first and _total(first) else "-"
-                cells = [f"{parts[name]:,}" if name in parts else "-" for name in _LOOKS]
+                cells = [f"{parts[name]:,}" if name in parts else "-" for name in MEMORY_LOOKS]
                 rows.append([f"ZeRO {stage}", kind, *cells, f"{_total(of_kind[stage]):,}", share])
         if stage in measured:
             error = _total(memory) / _total(measured[stage]) - 1 if _total(measured[stage]) else 0.0
@@ -145,7 +130,7 @@ def _parts(memory: Memory | int) -> dict[str, int]:
     if isinstance(memory, int):
         return {"all together": memory}
     sizes = (memory.parameters_bytes, memory.gradients_bytes, memory.optimizer_bytes, memory.activations_bytes)
-    return dict(zip(_LOOKS, sizes, strict=True))
+    return dict(zip(MEMORY_LOOKS, sizes, strict=True))
 
 
 def _total(memory: Memory | int) -> int:
