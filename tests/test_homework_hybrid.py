@@ -8,7 +8,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graded import Wrong, check_fails, check_passes, lines_of, name, wrong_ones
 from limits import leaves_nothing_behind as leaves_nothing_behind
 from torch import Tensor, nn
 
 from mplab import MplabError
 from mplab.__main__ import main as command_line
 from mplab.comm import Mesh
-from mplab.homework import Line, Report, check_cheapest_plan, check_clip_once, check_mesh_groups
+from mplab.homework import Report, check_cheapest_plan, check_clip_once, check_mesh_groups
 from mplab.homework.clip_cases import cases
 from mplab.homework.plans import SETTINGS, WITHOUT
 from mplab.plan.layout import Plan
@@ -33,38 +34,6 @@ from mplab.plan.transformer import Transformer
 
 ENDS = "every call ends"
 OWN = "mplab's own is not called"
-
-Wrong = list[tuple[Any, dict[str, str]]]
-"""Solutions, the lines that each fails at, and a part of what these say: of the hint, or of what was seen."""
-
-
-def name(solution: Any) -> str:
-    """A function's, and those of what it was given."""
-    if isinstance(solution, partial):
-        return "-".join([name(solution.func), *(name(value) for value in solution.keywords.values())])
-    return str(getattr(solution, "__name__", solution))
-
-
-def lines_of(report: Report) -> dict[str, Line]:
-    return {line.name: line for line in report.lines}
-
-
-def check_passes(check: Callable[[Any], Report], solution: Any) -> None:
-    report = check(solution)
-    assert report.passed, str(report)
-
-
-def check_fails(check: Callable[[Any], Report], solution: Any, reasons: Mapping[str, str]) -> None:
-    report = check(solution)
-    assert list(report.failed) == list(reasons), str(report)
-    for line, words in reasons.items():
-        found = lines_of(report)[line]
-        assert all([found.case, found.expected, found.seen, found.hint]), found
-        assert words in f"{found.seen} {found.hint}", found
-
-
-def wrong_ones(wrong: Wrong) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("solution", "reasons"), wrong, ids=[name(solution) for solution, _ in wrong])
 
 
 def none(*_: Any) -> Any:

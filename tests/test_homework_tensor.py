@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import graded
 import pytest
 import torch
+from graded import Wrong, check_fails, lines_of, name, wrong_ones
 from limits import leaves_nothing_behind as leaves_nothing_behind
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,7 +20,6 @@ from torch.nn import functional
 from mplab.__main__ import main as command_line
 from mplab.comm import Communicator
 from mplab.homework import (
-    Line,
     Report,
     check_column_linear,
     check_plan_for,
@@ -37,38 +38,10 @@ ALONE = "what it is given is left alone"
 WHOLE = "no rank gets the whole weight"
 TRAFFIC = "messages and bytes that each rank sends"
 
-Wrong = list[tuple[Any, dict[str, str]]]
-"""Solutions, the lines that each fails at, and a part of what these say: of the hint, or of what was seen."""
-
-
-def name(solution: Any) -> str:
-    """A function's, and those of what it was given."""
-    if isinstance(solution, partial):
-        return "-".join([name(solution.func), *(name(value) for value in solution.keywords.values())])
-    return str(getattr(solution, "__name__", solution))
-
-
-def lines_of(report: Report) -> dict[str, Line]:
-    return {line.name: line for line in report.lines}
-
 
 def check_passes(check: Callable[[Any], Report], solution: Any) -> None:
-    report = check(solution)
-    assert report.passed, str(report)
+    report = graded.check_passes(check, solution)
     assert ": 7 of 7 checks passed" in str(report)
-
-
-def check_fails(check: Callable[[Any], Report], solution: Any, reasons: Mapping[str, str]) -> None:
-    report = check(solution)
-    assert list(report.failed) == list(reasons), str(report)
-    for line, words in reasons.items():
-        found = lines_of(report)[line]
-        assert all([found.case, found.expected, found.seen, found.hint]), found
-        assert words in f"{found.seen} {found.hint}", found
-
-
-def wrong_ones(cases: Wrong) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("solution", "reasons"), cases, ids=[name(solution) for solution, _ in cases])
 
 
 class Apply(torch.autograd.Function):
