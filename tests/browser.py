@@ -67,7 +67,7 @@ class Lab:
         while not condition():
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"{self.path.name}: not within {timeout_s:g} s: {what}; errors: {self.errors()}")
-            self.page.wait_for_timeout(50)
+            self.page.wait_for_timeout(100)
 
     def run_cell(self, index: int) -> None:
         """Select the cell with this index among all cells, and run it alone; does not wait."""
@@ -102,14 +102,19 @@ class Lab:
         raise LookupError(f"no cell of {self.path.name} shows a widget with {selector}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Jupyter:
-    """A running JupyterLab server and the browser that looks at it."""
+    """A running JupyterLab server and the browser that looks at it.
+
+    One page shows one notebook after the other: to load JupyterLab again for each takes a browser four times as long as
+    all else.
+    """
 
     browser: Any
     folder: Path
     address: str
     token: str
+    page: Page | None = None
 
     @contextlib.contextmanager
     def open(self, source: Path, screenshot: Path | None = None) -> Iterator[Lab]:
@@ -123,8 +128,10 @@ class Jupyter:
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, path)
 
-        context = self.browser.new_context(viewport={"width": 1280, "height": 1000})
-        lab = Lab(context.new_page(), path)
+        is_new = self.page is None or self.page.is_closed()
+        page = self.page = self.browser.new_page() if is_new else self.page
+        page.set_viewport_size({"width": 1280, "height": 1000})
+        lab = Lab(page, path)
         host = urlsplit(self.address).netloc
 
         def note_request(request: Any) -> None:
@@ -132,18 +139,25 @@ class Jupyter:
             if url.scheme in ("http", "https", "ws", "wss") and url.netloc != host:
                 lab.outside_requests.append(request.url)
 
-        lab.page.on("request", note_request)
-        lab.page.on("pageerror", lambda error: lab.page_errors.append(str(error)))
+        def note_error(error: Any) -> None:
+            lab.page_errors.append(str(error))
+
+        page.on("request", note_request)
+        page.on("pageerror", note_error)
         try:
-            lab.page.goto(f"{self.address}/lab/tree/{path.name}?token={self.token}&reset")
-            lab.page.wait_for_function(IS_OPEN, timeout=START_TIMEOUT_S * 1e3)
+            if is_new:
+                page.goto(f"{self.address}/lab/tree/{path.name}?token={self.token}&reset")
+            else:
+                page.evaluate(OPEN, path.name)
+            page.wait_for_function(IS_OPEN, timeout=START_TIMEOUT_S * 1e3)
             yield lab
         finally:
             if screenshot is not None:
-                lab.page.screenshot(path=screenshot)
+                page.screenshot(path=screenshot)
             with contextlib.suppress(Exception):  # a page that is already gone has no kernel to stop
-                lab.page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
-            context.close()
+                page.remove_listener("request", note_request)
+                page.remove_listener("pageerror", note_error)
+                page.evaluate(CLOSE)
 
 
 @contextlib.contextmanager
@@ -242,6 +256,17 @@ IS_OPEN = f"""() => {{
   {NOTEBOOK}
   return !!cells && cells.length > 0 && widget.context.sessionContext.session?.kernel?.status === "idle";
 }}"""
+
+OPEN = "async path => { await window.jupyterapp.commands.execute('docmanager:open', { path, factory: 'Notebook' }); }"
+
+# What was changed on the page is not asked about, and its kernel ends.
+CLOSE = """async () => {
+  const { shell, serviceManager } = window.jupyterapp;
+  const notebook = shell.currentWidget;
+  if (notebook.context.model.dirty) await notebook.context.save();
+  await serviceManager.sessions.shutdownAll();
+  notebook.close();
+}"""
 
 # A cell that is queued or running has no execution count yet ("*" in the margin).
 IS_IDLE = f"""() => {{

@@ -48,7 +48,7 @@ def frozen_gpt() -> nn.Module:
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     """In float64, with weights from their names alone, and nothing drawn from the global generator."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = make().double()
     seed_parameters(model)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +57,11 @@ def settings() -> dict[str, object]:
         "default dtype": torch.get_default_dtype(),
         "seed": hash(torch.get_rng_state().numpy().tobytes()),
     }
+
+
+def global_random_states() -> tuple[object, ...]:
+    """Those of torch, NumPy (the legacy one, which is the global one) and Python."""
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,28 @@ def in_shards(rank: Rank) -> list[Any]:
     return [results, [message[:6] for message in rank.comm.ledger.messages]]
 
 
+def on_gpus(world: ProcessWorld) -> Any:
+    """Strategies over NCCL held to serial training on a CPU, and what the world says of it all."""
+
+    def work(rank: Rank) -> None:
+        want = data.serial("tied", "adamw", rank.size, num_steps=4)
+        for engine in (DataParallel, partial(ShardedDataParallel, stage=1), partial(ShardedDataParallel, stage=3)):
+            options: Any = {"optimizer": data.OPTIMIZERS["adamw"]}
+            if engine is DataParallel:
+                options["bucket_bytes"] = 200
+            trainer = engine(data.model("tied", seed=rank.index), rank.comm, **options)
+            losses = [trainer.step(batch) for batch in data.batches(num_batches=4)]
+            assert losses == pytest.approx(want.losses, abs=1e-9)
+        trained, cuts = serial_chain("sgd", 4), by_depth(8, rank.size).cuts
+        pipe = PipelineParallel(chain(), cuts, rank.comm, num_microbatches=3, optimizer=OPTIMIZERS["sgd"])
+        assert_losses([pipe.step(batch) for batch in batches(num_batches=4)], trained, 1e-9)
+        assert all(weight.is_cuda for weight in pipe.state_dict().values())
+
+    world.run(work)
+    assert all(e.start_s <= e.end_s for e in world.timeline.events)
+    return [world.backend, str(world.rank.device), sorted({e.rank for e in world.timeline.events})]
+
+
 def in_tensors(rank: Rank, sequence_parallel: bool) -> list[Any]:
     """`TensorParallel` of a GPT held to serial training; losses, gradients, weights and messages to the bit."""
     results: list[Any] = []
@@ -320,7 +343,7 @@ def llama() -> nn.Module:
     """Of Hugging Face; grouped key/value heads. Not to be made by ranks: it draws from the global generator."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model: nn.Module = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(vocab_size=8, intermediate_size=32, max_position_embeddings=8, **sizes)
         )
@@ -532,6 +555,7 @@ CHECKED: dict[str, Callable[[ProcessWorld], Any]] = {
     "data_parallel": lambda world: world.run(data_parallel)[0],
     "in_buckets": lambda world: world.run(in_buckets)[0],
     "in_shards": lambda world: world.run(in_shards)[0],
+    "on_gpus": on_gpus,
     "tensor": lambda world: world.run(in_tensors, False)[0],
     "tensor_sequence": lambda world: world.run(in_tensors, True)[0],
     "tensor_llama": lambda world: world.run(llama_in_tensors, llama())[0],

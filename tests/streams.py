@@ -13,9 +13,14 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import mplab.comm.memory
+from mplab.comm import collectives, threads
+from mplab.comm.memory import CudaMemory
 
 
 class Stream:
@@ -153,3 +158,23 @@ def record_stream(x: Tensor, stream: Stream) -> None:
     memory: Memory = _local.memory
     with memory.lock:
         memory.recorded.add((address(x), stream.name))
+
+
+def play_out(small_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that are threads work as on CUDA, with these streams.
+
+    Args:
+        small_bytes: up to so many one rank computes for all.
+        monkeypatch: undoes it.
+    """
+    monkeypatch.setattr(collectives, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(threads, "HostMemory", lambda: CudaMemory(torch.device("cpu")))
+    monkeypatch.setattr(mplab.comm.memory, "torch", FakeTorch())
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
+    init = threads.ThreadCommunicator.__init__
+
+    def as_on_cuda(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self._is_host = False
+
+    monkeypatch.setattr(threads.ThreadCommunicator, "__init__", as_on_cuda)

@@ -40,7 +40,7 @@ def linear(num_in: int = 3, num_out: int = 5, bias: bool = True) -> nn.Linear:
 def conv1d() -> nn.Module:
     """Hugging Face's linear layer of GPT-2: the weight lies the other way."""
     transformers = pytest.importorskip("transformers")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         module: nn.Module = transformers.pytorch_utils.Conv1D(5, 3).double()
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters()):
@@ -215,7 +215,7 @@ def test_other_classes_are_left_alone() -> None:
 
 
 def test_weights_that_are_computed_from_others() -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         norms = [nn.utils.spectral_norm(linear(3, 3)), nn.utils.parametrizations.weight_norm(linear(3, 3))]
     for module in norms:
         module.eval()
@@ -223,7 +223,7 @@ def test_weights_that_are_computed_from_others() -> None:
 
 
 def test_attention_takes_its_weights_itself() -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True).double()
     assert assert_equal_gradients(model, numbers(2, 5, 4, requires_grad=True)) == 2
 

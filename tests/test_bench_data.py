@@ -31,43 +31,6 @@ def test_sizes_have_as_many_parameters_as_their_names_say() -> None:
         assert size.batch_size % NUM_RANKS == 0  # the mean of the ranks' losses is that of the batch
 
 
-def test_data_parallelism_beside_its_peers() -> None:
-    rows = data.run({"tiny": TINY}, num_rounds=2, num_steps=1)
-    assert [(row.case, row.peer) for row in rows] == [
-        ("tiny", "DDP"),
-        ("tiny", "one process"),
-        ("tiny, gloo processes", "DDP"),
-        ("tiny, gloo processes", "one process"),
-    ]
-    for row in rows:
-        assert row.ratio is not None
-        assert row.ratio > 0
-        assert row.runs == 2
-        assert row.extra.keys() == {"ours_s", "peer_s"}
-    # Of the same rounds.
-    assert rows[0].extra["peer_s"] == rows[2].extra["peer_s"]
-    assert rows[0].extra["ours_s"] == rows[1].extra["ours_s"]
-
-
-def test_every_stage_beside_its_peers() -> None:
-    rows = zero.run({"tiny": TINY}, num_rounds=2, num_steps=1)
-    *timed, kept = rows
-    assert [(row.case, row.peer) for row in timed] == [
-        ("stage 3, tiny", "FSDP2"),
-        ("stage 2, tiny", "FSDP2"),
-        ("stage 2, tiny", "FSDP2 without resharding"),
-        ("stage 1, tiny", "FSDP2"),
-        ("stage 1, tiny", "ZeroRedundancyOptimizer"),
-    ]
-    for row in timed:
-        assert row.ratio is not None
-        assert row.ratio > 0
-        assert row.runs == 2
-    assert (kept.case, kept.peer, kept.runs) == ("memory at rest, stage 3, tiny", "FSDP2", 1)
-    assert kept.ratio == pytest.approx(1, abs=0.1)  # both keep half of four times the weights
-    assert "MB beside" in str(kept.extra["note"])
-
-
 @pytest.mark.parametrize(
     ("bench", "wrong", "who"),
     [

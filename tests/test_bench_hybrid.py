@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from bench_clock import check_stamps
 from limits import leaves_nothing_behind as leaves_nothing_behind
 from torch import Tensor, nn
 
 from mplab import MplabError
-from mplab.bench import hybrid, torch_data, torch_hybrid
+from mplab.bench import hybrid, torch_hybrid
 from mplab.bench.common import Row
 from mplab.bench.hybrid import CASES, SIZES
 from mplab.bench.torch_data import NUM_LAYERS, Size, gpt
@@ -279,21 +280,6 @@ def test_each_peer_is_what_it_is_called(name: str, peer: str, gloo: GlooProcesse
 
 
 def test_times_of_a_process_begin_after_a_step_and_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-
-    class Steps:
-        def step(self) -> float:
-            order.append("step")
-            return 0.0
-
-    monkeypatch.setattr(torch_hybrid, "side", lambda *args: Steps())
-    monkeypatch.setattr(torch_data.dist, "barrier", lambda: order.append("barrier"))
-
-    def clock() -> int:
-        order.append("clock")
-        return len(order)
-
-    monkeypatch.setattr(torch_data.time, "perf_counter_ns", clock)
-    times = torch_hybrid.stamps(0, "DDP", CASES["dp×pp"].plan.to_json(), [*TINY], 2)
-    assert order == ["step", "barrier", "clock", "step", "clock", "step", "clock"]
-    assert times == [3, 5, 7]
+    check_stamps(
+        torch_hybrid, lambda: torch_hybrid.stamps(0, "DDP", CASES["dp×pp"].plan.to_json(), [*TINY], 2), monkeypatch
+    )

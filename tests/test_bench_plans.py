@@ -14,10 +14,13 @@ from mplab.bench import plans as bench
 from mplab.bench.common import Row
 from mplab.bench.plans import SIZES, transformer
 from mplab.bench.torch_data import Size, batch, gpt
+from mplab.models import GPT, GPTConfig
+from mplab.parallel.measure_plans import rank_correlation
 from mplab.plan.cost import Link
 from mplab.plan.layout import Plan
 from mplab.plan.machines import Machine
 from mplab.plan.search import candidates, predict, search
+from mplab.plan.transformer import Transformer
 from mplab.world.described import CALIBRATION
 
 HERE = Machine("here", 2, 7e10, 8e9, 2e10, Link(4e-5, 1e10), one_process=True)
@@ -30,11 +33,22 @@ class Known:
 
     Args:
         slower: seconds that plans take besides, but where speeds are calibrated.
+        machines: by the models' width, where they differ.
+        lucky: takes nearly no time in its first round.
+        tired: takes a second more where it runs once more.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, slower: dict[Plan, float] | None = None) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        slower: dict[Plan, float] | None = None,
+        machines: dict[int, Machine] | None = None,
+        lucky: Plan | None = None,
+        tired: Plan | None = None,
+    ) -> None:
         self.slower, self.calls = slower or {}, list[tuple[int, list[Plan], int, int]]()
-        self.machine = replace(HERE, **SPEEDS)
+        self.machines = machines or dict.fromkeys((size.width for size in TINY.values()), replace(HERE, **SPEEDS))
+        self.lucky, self.tired = lucky, tired
         monkeypatch.setattr(bench, "measure_plans", self.measure)
         monkeypatch.setattr(bench, "probe", lambda: None)
         monkeypatch.setattr(bench, "described", lambda probed: HERE)
@@ -46,10 +60,15 @@ class Known:
         assert torch.equal(data[0], batch(Size(model.config.width, model.config.context_length, 4))[0])
         self.calls.append((model.config.width, plans, num_rounds, num_steps))
         rounds = [1 + (r - num_rounds // 2) / 100 for r in range(num_rounds)]
-        return {plan: [self.step_s(plan, sizes) * times for times in rounds] for plan in plans}
+        seconds = {plan: [self.step_s(plan, sizes) * times for times in rounds] for plan in plans}
+        if self.lucky in seconds and len(self.calls) > len(TINY):
+            seconds[self.lucky][0] = 1e-9
+        if self.tired in seconds and num_steps == bench.NUM_FINAL_STEPS and len(self.calls) > len(TINY):
+            seconds[self.tired] = [1 + times for times in seconds[self.tired]]
+        return seconds
 
     def step_s(self, plan: Plan, sizes: Any) -> float:
-        found = predict(plan, sizes, 4, self.machine.with_ranks(plan.num_ranks))
+        found = predict(plan, sizes, 4, self.machines[sizes.width].with_ranks(plan.num_ranks))
         return found.step_s + (self.slower.get(plan, 0.0) if len(self.calls) > len(TINY) else 0.0)
 
     def run(self, num_ranks: tuple[int, ...] = (2,)) -> list[Row]:
@@ -94,8 +113,8 @@ def test_what_is_measured_and_when(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Known(monkeypatch)
     known.run()
     calibrations, cases = known.calls[:2], known.calls[2:]
-    for (width, plans, num_rounds, _), size in zip(calibrations, TINY.values(), strict=True):
-        assert (width, plans, num_rounds) == (size.width, [*CALIBRATION], 5)
+    for call, size in zip(calibrations, TINY.values(), strict=True):
+        assert call == (size.width, [*CALIBRATION], 5, bench.NUM_FINAL_STEPS)
     assert len(cases) == 4
     for (name, size), of_all, of_few in zip(TINY.items(), cases[::2], cases[1::2], strict=True):
         assert of_all[0] == of_few[0] == size.width
@@ -121,13 +140,43 @@ def test_a_first_plan_that_is_slow_is_found_out(monkeypatch: pytest.MonkeyPatch)
     assert float(row.extra["spearman"]) < 0.99
 
 
-def test_the_model_is_known_to_the_planner() -> None:
+def test_each_model_is_also_predicted_with_the_speeds_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One machine has dear collectives, the other slow devices. And a median is no best case."""
+    tiny, small = (transformer(size) for size in TINY.values())
+    machines = {
+        tiny.width: replace(HERE, **SPEEDS | {"call_s": 3e-3}),
+        small.width: replace(HERE, **SPEEDS | {"flops_s": 1e7}),
+    }
+    own, other = (search(tiny, machines[width].with_ranks(2), 4) for width in (tiny.width, small.width))
+    last, tired = own[-1].plan, own[0].plan
+    known = Known(monkeypatch, {other[0].plan: 1.0}, machines, lucky=last, tired=tired)
+    rows = known.run()
+    seconds = {found.plan: known.step_s(found.plan, tiny) for found in own}
+    for case, ranked, first_s in (
+        ("first", own, 1 + seconds[tired]),  # it was the fastest, but not once more
+        ("first, other model", other, seconds[other[0].plan]),
+    ):
+        (row,) = [row for row in rows if row.case == f"tiny, 2 ranks: {case}"]
+        rho = rank_correlation([found.step_s for found in ranked], [seconds[found.plan] for found in ranked])
+        assert row.extra["spearman"] == pytest.approx(rho)
+        assert (row.extra["plan"], row.extra["plans"]) == (str(ranked[0].plan), len(own))
+        assert row.extra["best"] not in (str(tired), str(last), str(other[0].plan))
+        assert row.ratio == pytest.approx(first_s / float(row.extra["peer_s"]))
+        assert rho < 0.99
+    predicted = {str(row.extra["plan"]): row.extra["peer_s"] for row in rows if row.case == "tiny, 2 ranks"}
+    assert predicted == pytest.approx({str(found.plan): found.step_s for found in own})
+
+
+def test_the_model_is_known_to_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in SIZES.values():
         model = gpt(size)
         assert asdict(model.config).items() <= asdict(transformer(size)).items()
         assert transformer(size).num_parameters == sum(p.numel() for p in model.parameters())
         for plan in CALIBRATION:
             assert size.batch_size % (plan.dp * plan.num_microbatches) == 0
+    other = GPT(GPTConfig(12, 8, 2, 4, 16, tied=False))  # no two settings are equal
+    monkeypatch.setattr(bench, "gpt", lambda size: other)
+    assert transformer(Size(16, 8, 4)) == Transformer(12, 8, 2, 4, 16, tied=False)
 
 
 def test_names_are_numbers_of_parameters() -> None:

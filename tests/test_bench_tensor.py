@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from bench_clock import check_stamps
 from torch import nn
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -16,7 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from mplab import MplabError, Rank, World
-from mplab.bench import tensor, torch_data, torch_tensor
+from mplab.bench import tensor, torch_tensor
 from mplab.bench.common import Row
 from mplab.bench.tensor import CASES, Case
 from mplab.bench.torch_data import NUM_LAYERS, NUM_RANKS, Size
@@ -36,29 +37,6 @@ def test_cases_are_named_by_their_sizes() -> None:
     for name, case in CASES.items():
         assert name.startswith(case.kind)
         assert case.kind == "GPT" or name == f"MLP {case.size.width}"
-
-
-def test_tensor_parallelism_beside_its_peers() -> None:
-    rows = tensor.run({"GPT": Case("GPT", TINY, True), "MLP": Case("MLP", TINY)}, num_rounds=2, num_steps=1)
-    assert named(rows) == [
-        ("GPT", "DTensor"),
-        ("GPT", "one thread"),
-        ("GPT, one process", "DTensor"),
-        ("GPT, gloo processes", "DTensor"),
-        ("GPT, sequence parallel", "DTensor"),
-        ("GPT, one thread", "DTensor"),
-        ("GPT, sequence parallel", "DTensor, sequence parallel"),
-        ("MLP", "DTensor"),
-        ("MLP", "one thread"),
-        ("MLP, one process", "DTensor"),
-        ("MLP, gloo processes", "DTensor"),
-        ("MLP, one thread", "DTensor"),
-    ]
-    for row in rows:
-        assert row.ratio is not None
-        assert row.ratio > 0
-        assert row.runs == 2
-        assert row.extra.keys() == {"ours_s", "peer_s"} | ({"peer_plan"} if row.peer != "one thread" else set())
 
 
 class Known:
@@ -245,21 +223,4 @@ def test_a_plan_names_every_layer(name: str) -> None:
 
 
 def test_times_of_a_process_begin_after_a_step_and_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-
-    class Steps:
-        def step(self) -> float:
-            order.append("step")
-            return 0.0
-
-    monkeypatch.setattr(torch_tensor, "side", lambda *args: Steps())
-    monkeypatch.setattr(torch_data.dist, "barrier", lambda: order.append("barrier"))
-
-    def clock() -> int:
-        order.append("clock")
-        return len(order)
-
-    monkeypatch.setattr(torch_data.time, "perf_counter_ns", clock)
-    times = torch_tensor.stamps(0, "whole logits", "GPT", [*TINY], 2)
-    assert order == ["step", "barrier", "clock", "step", "clock", "step", "clock"]
-    assert times == [3, 5, 7]
+    check_stamps(torch_tensor, lambda: torch_tensor.stamps(0, "whole logits", "GPT", [*TINY], 2), monkeypatch)

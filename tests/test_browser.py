@@ -144,6 +144,179 @@ def assert_rank_0_is_on_top(figure: Locator) -> None:
     assert sorted(places, key=places.__getitem__) == ["rank 0", "rank 1"]
 
 
+BUCKET_EXPLORER = """\
+import torch
+from mplab import Link, World
+from mplab.models import GPT, GPTConfig
+from mplab.show import BucketExplorer
+tokens = torch.randint(256, (8, 33), generator=torch.Generator().manual_seed(0))
+model, world = GPT(GPTConfig(num_layers=2, width=64)), World(2, device="cpu", link=Link(1e-3, 1e8))
+BucketExplorer(model, world, (tokens[:, :-1], tokens[:, 1:]), bucket_bytes=1 << 16)"""
+
+
+def test_buckets_move_by_keyboard_and_the_training_really_runs(jupyter: Jupyter, tmp_path: Path) -> None:
+    with jupyter.open(a_notebook(tmp_path, BUCKET_EXPLORER), tmp_path / "page.png") as lab:
+        lab.page.set_viewport_size({"width": 1100, "height": 1000})
+        lab.run_all()
+        cell = lab.show_widget("[role=slider]")
+        figure = cell.locator(".js-plotly-plot").first
+        figure.locator(".main-svg").first.wait_for()
+        lab.wait_until(
+            lambda: (
+                figure.locator(".main-svg").first.bounding_box()["width"]
+                <= cell.locator(".widget-vbox").first.bounding_box()["width"]
+            ),
+            "the figure is no wider than the page",
+        )
+        sliders = cell.locator(".widget-slider")
+        assert [label.inner_text() for label in sliders.locator("label").all()] == [
+            "bucket",
+            "latency α",
+            "bandwidth 1/β",
+        ]
+        for index, (key, said) in enumerate(
+            [("ArrowRight", "128 KiB"), ("ArrowLeft", "500 µs"), ("ArrowRight", "200 MB/s")]
+        ):
+            predicted, words = figure.inner_html(), cell.get_by_role("status").first.inner_text()
+            sliders.nth(index).get_by_role("slider").press(key)
+            lab.wait_until(lambda p=predicted: figure.inner_html() != p, "the prediction changes with the slider")
+            lab.wait_until(lambda w=words: cell.get_by_role("status").first.inner_text() != w, "so do the words")
+            assert said in sliders.nth(index).inner_text()
+        assert "over an emulated link of 500 µs and 200 MB/s; with overlap" in cell.inner_text()
+
+        cell.get_by_role("button", name="Run").press("Enter")
+        lab.wait_until(lambda: "5 steps really ran" in cell.inner_text(), "the run is shown")
+        lab.wait_until(lambda: "compute: backward" in figure.inner_html(), "what was measured is drawn")
+        assert {"predicted message", "message", "wait"} <= set(figure.locator(".legendtext").all_text_contents())
+        assert_rank_0_is_on_top(figure)
+
+        cell.get_by_role("checkbox").press("Space")
+        lab.wait_until(lambda: "compute: backward" not in figure.inner_html(), "without overlap is not measured yet")
+        lab.wait_until(lambda: "200 MB/s; without overlap" in cell.inner_text(), "the words say so")
+        assert "really ran" not in cell.inner_text()
+        lab.wait_until_idle()
+        assert "Traceback" not in cell.inner_text()
+        assert_ran_cleanly(lab)
+
+
+TENSOR_EXPLORER = """\
+from mplab import Link
+from mplab.show import TensorExplorer
+TensorExplorer(flops_s=5e10, link=Link(2e-5, 1e10), width=256, sequence=64, emulated=Link(1e-3, 1e8))"""
+
+
+def test_sliders_move_by_keyboard_and_the_block_really_runs(jupyter: Jupyter, tmp_path: Path) -> None:
+    with jupyter.open(a_notebook(tmp_path, TENSOR_EXPLORER), tmp_path / "page.png") as lab:
+        lab.page.set_viewport_size({"width": 1100, "height": 1200})
+        lab.run_all()
+        cell = lab.show_widget("[role=slider]")
+        figure = cell.locator(".js-plotly-plot").first
+        figure.locator(".main-svg").first.wait_for()
+        lab.wait_until(
+            lambda: (
+                figure.locator(".main-svg").first.bounding_box()["width"]
+                <= cell.locator(".widget-vbox").first.bounding_box()["width"]
+            ),
+            "the figure is no wider than the page",
+        )
+        sliders = cell.locator(".widget-slider")
+        assert [label.inner_text() for label in sliders.locator("label").all()] == [
+            "width",
+            "ranks",
+            "sequence",
+            "link",
+        ]
+        for index, (key, said) in enumerate(
+            [("ArrowRight", "384"), ("ArrowRight", "4"), ("ArrowLeft", "32"), ("ArrowLeft", "500 µs, 200 MB/s")]
+        ):
+            drawn, words = figure.inner_html(), cell.get_by_role("status").first.inner_text()
+            sliders.nth(index).get_by_role("slider").press(key)
+            lab.wait_until(lambda d=drawn: figure.inner_html() != d, "the figure changes with the slider")
+            lab.wait_until(lambda w=words: cell.get_by_role("status").first.inner_text() != w, "so do the words")
+            assert said in sliders.nth(index).inner_text()
+        assert "32 tokens of width 384" in cell.inner_text()
+        assert "over an emulated link of 500 µs, 200 MB/s" in cell.inner_text()
+        assert "not measured yet" in figure.inner_html()
+
+        cell.get_by_role("button", name="Run it").press("Enter")
+        lab.wait_until(lambda: "It really ran, 5 times each" in cell.inner_text(), "the run is shown")
+        lab.wait_until(lambda: "not measured yet" not in figure.inner_html(), "what was measured is drawn")
+
+        sliders.nth(3).get_by_role("slider").press("Home")
+        lab.wait_until(lambda: "not measured yet" in figure.inner_html(), "another link is not measured yet")
+        lab.wait_until(lambda: "bytes, over this machine's link" in cell.inner_text(), "the words say so")
+        assert "really ran" not in cell.inner_text()
+        lab.wait_until_idle()
+        assert "Traceback" not in cell.inner_text()
+        assert_ran_cleanly(lab)
+
+
+PLAN_EXPLORER = """\
+from mplab import Link
+from mplab.models import GPTConfig
+from mplab.plan.machines import Machine
+from mplab.show import PlanExplorer
+here = Machine("2 cores", 2, 3e10, 4e9, 1e10, Link(3e-5, 4e9), launch_s=3e-4)
+PlanExplorer(GPTConfig(width=64), 8, num_steps=2, machine=here)"""
+
+
+def test_plans_are_chosen_by_keyboard_and_really_run(jupyter: Jupyter, tmp_path: Path) -> None:
+    with jupyter.open(a_notebook(tmp_path, PLAN_EXPLORER), tmp_path / "page.png") as lab:
+        lab.page.set_viewport_size({"width": 1100, "height": 1600})
+        lab.run_all()
+        cell = lab.show_widget("[role=slider]")
+        figures = cell.locator(".js-plotly-plot")
+        bars, timeline = figures.nth(0), figures.nth(1)
+        lab.wait_until(lambda: figures.count() == 2, "both figures are there")
+        lab.wait_until(lambda: "a rank: fits" in bars.inner_html(), "the bars are drawn")
+        lab.wait_until(lambda: "rank 3" in timeline.inner_html(), "and the step of four ranks")
+
+        def press(name: str, key: str) -> None:
+            cell.get_by_role("slider", name=name).press(key)
+
+        heard = cell.get_by_role("slider", name="tp (tensor)")
+        lab.wait_until(lambda: heard.get_attribute("aria-valuetext") == "2", "what it stands on, not its place")
+        title = bars.locator(".gtitle").text_content()
+        lab.wait_until(lambda: cell.get_by_role("img", name=title).count() == 1, "the figure has its title as a name")
+
+        press("pp (pipeline)", "ArrowRight")
+        lab.wait_until(lambda: "2 x 2 x 2 = 8 ranks, and there are up to 4 here" in cell.inner_text(), "a refusal")
+        assert "Drawn is still: 2 x 1 x 2 ranks" in cell.get_by_role("status").first.inner_text()
+        assert cell.get_by_role("button", name="Run it").is_disabled()
+        assert "a rank: fits" in bars.inner_html(), "the figure stays"
+
+        drawn = timeline.inner_html()
+        press("tp (tensor)", "ArrowLeft")
+        lab.wait_until(lambda: "2 x 2 x 1 ranks (dp x pp x tp), 1f1b" in cell.inner_text(), "a plan that can be")
+        lab.wait_until(lambda: timeline.inner_html() != drawn, "the step is drawn anew")
+        press("micro-batches", "ArrowRight")
+        lab.wait_until(lambda: "2 micro-batches" in cell.inner_text(), "micro-batches")
+        assert cell.get_by_role("slider", name="micro-batches").get_attribute("aria-valuetext") == "2"
+        title = bars.locator(".gtitle").text_content()
+        lab.wait_until(lambda: cell.get_by_role("img", name=title).count() == 1, "the name of the figure, too")
+
+        handle = cell.locator(".mplab-cuts .handle")
+        assert handle.get_attribute("aria-valuetext") == "before blocks.1"
+        handle.press("ArrowLeft")
+        lab.wait_until(lambda: "cut at [1]" in cell.inner_text(), "the cut moves by keyboard")
+        lab.wait_until(lambda: "Stages: embedding, blocks.0 to head" in cell.inner_text(), "the words say so")
+
+        cell.get_by_role("button", name="Run it").press("Enter")
+        lab.wait_until(lambda: "3 steps really ran, the first to warm up" in cell.inner_text(), "the run is told")
+        lab.wait_until(lambda: "Median step: predicted" in timeline.inner_html(), "what was measured is drawn")
+        lab.wait_until(lambda: "not measured yet" not in bars.inner_html(), "in the bars too")
+        run = cell.get_by_role("button", name="Run it")
+        lab.wait_until(lambda: run.evaluate("button => button === document.activeElement"), "the focus is back")
+
+        cell.locator(".widget-dropdown", has_text="machine").locator("select").press("End")
+        lab.wait_until(lambda: "64 x 8 H100 is described by its figures" in cell.inner_text(), "why it can't run")
+        assert cell.get_by_role("button", name="Run it").is_disabled()
+        assert "really ran" not in cell.inner_text()
+        lab.wait_until_idle()
+        assert "Traceback" not in cell.inner_text()
+        assert_ran_cleanly(lab)
+
+
 def test_split_points_work_under_voila(jupyter: Jupyter, tmp_path: Path) -> None:
     pytest.importorskip("voila", reason="needs Voila: pip install voila")
     with voila(jupyter.browser, a_notebook(tmp_path, SPLIT_EXPLORER)) as page:

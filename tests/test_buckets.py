@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -229,7 +230,7 @@ class Swapped(nn.Module):
 
 def test_buckets_keep_their_order_whatever_order_gradients_come_in() -> None:
     """Else the shapes are alike here, and the sums would be of different layers."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         made = [Swapped(False), Swapped(True)]
     for p, q in zip(made[0].parameters(), made[1].parameters(), strict=True):
         q.data.copy_(p)
@@ -292,6 +293,21 @@ def test_nothing_keeps_the_gradients_of_a_step() -> None:
     World(2, "cpu").run(work)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_nothing_keeps_an_engine_that_nobody_uses(overlap: bool) -> None:
+    """Its hooks lie in its parameters, where the garbage collector does not see what they hold."""
+
+    def work(rank: Rank) -> list[weakref.ref[Any]]:
+        options = {"bucket_bytes": 200, "overlap": overlap, "optimizer": OPTIMIZERS["sgd"]}
+        engine = DataParallel(dp.model(), rank.comm, **options)
+        engine.step(batches()[0])
+        return [weakref.ref(x.untyped_storage()) for p in engine.model.parameters() for x in (p, p.grad)]
+
+    kept = World(2, "cpu").run(work)
+    gc.collect()
+    assert not any(storage() is not None for of_rank in kept for storage in of_rank)
+
+
 # --- gradients that share memory -------------------------------------------------------------------------------------
 
 
@@ -313,7 +329,7 @@ class Added(nn.Module):
 @pytest.mark.parametrize("num_added", [1, 2])
 def test_gradients_that_lie_in_the_same_memory_are_added_up_once(num_added: int, overlap: bool) -> None:
     """With one sample a rank, as the gradient of a sum needs no sum over samples."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         made = Added(num_added)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)

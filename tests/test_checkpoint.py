@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ from mplab import Plan, World
 from mplab.datasets import Batch
 from mplab.errors import CheckpointError, MplabError, NonFiniteGradient
 from mplab.models import GPT, GPTConfig, cross_entropy, seed_parameters
-from mplab.parallel import Parallelized, Serial, parallelize
+from mplab.parallel import Parallelized, Serial, parallelize, train_plan
 from mplab.parallel import checkpoint_files as files
 from mplab.parallel.checkpoint import merge
 
@@ -65,7 +67,7 @@ def gpt(seed: int = 0, **sizes: Any) -> nn.Module:
 def hugging_face(name: str, seed: int = 0, **options: Any) -> nn.Module:
     kind = getattr(pytest.importorskip("transformers"), name)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model: nn.Module = kind(kind.config_class(**{**sizes, "max_position_embeddings": LENGTH, **options})).double()
     seed_parameters(model, seed)
     return model
@@ -86,7 +88,7 @@ class WithBuffers(nn.Module):
 
 
 def sequential(*layers: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         made = [layer() for layer in layers]
         model = nn.Sequential(nn.Embedding(VOCABULARY, VOCABULARY), *made, nn.Linear(VOCABULARY, VOCABULARY)).double()
     seed_parameters(model, seed)
@@ -734,8 +736,32 @@ def test_data_that_did_not_go_on_would_be_seen(
 def test_at_the_end_only(plans: dict[str, str], tmp_path: Path) -> None:
     train("--plan", plans["1"], "--steps", 3, "--save", tmp_path / "a")
     assert steps_in(tmp_path / "a") == [3]
-    train("--plan", plans["1"], "--steps", 4, "--save", tmp_path / "b", "--every", 2)
-    assert steps_in(tmp_path / "b") == [2, 4]
+
+
+def test_one_command_begins_and_goes_on_and_has_nothing_left(
+    plans: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[tuple[int, str]] = []
+    monkeypatch.setattr(train_plan, "World", lambda n, device: (made.append((n, device)), World(n, device))[1])
+    root = tmp_path / "b"
+    command = ["--plan", plans["1"], "--save", root, "--resume", root, "--every", 2, "--steps"]
+    train(*command, 1)
+    train(*command, 4)
+    assert steps_in(root) == [1, 2, 4]
+    assert f"goes on after step 1 of {root}" in capsys.readouterr().out
+    train(*command, 4)
+    assert "these are all 4 steps: nothing is left to train" in capsys.readouterr().out
+    assert steps_in(root) == [1, 2, 4]
+    assert made == [(1, "cpu")] * 3
+
+
+def test_a_loss_that_is_no_number_ends_it(
+    plans: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = SimpleNamespace(step=lambda batch: math.inf, num_steps=7)
+    monkeypatch.setattr(train_plan, "parallelize", lambda *_, **__: trained)
+    train("--plan", plans["1"], "--steps", 2, status=2)
+    assert "the loss of step 7 is inf: lower --lr, which is 0.003" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -763,6 +789,7 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--plan", "PLAN", "--resume", "own"], "--resume own: own/step-00000000 does not say on what data"),
         (["--plan", "PLAN", "--save", "runs"], "it has a checkpoint of step 3 already, and this training begins after"),
         (["--plan", "PLAN", "--save", "runs", "--resume", "runs/step-00000002"], "begins after step 2: go on from"),
+        (["--plan", "PLAN", "--resume", "runs", "--steps", "2"], "gone 3 steps, and --steps 2 counts them: give 3 or"),
         (["--plan", "PLAN", "--save", "PLAN"], "no checkpoint can be written there"),
         (["--plan", "PLAN", "--resume", "runs", "--lr", "0.1"], "it was trained with lr 0.003, and this is lr 0.1"),
         (["--plan", "PLAN", "--resume", "runs", "--batch-size", "8"], "trained with batch-size 16, and this is batch"),
@@ -808,7 +835,7 @@ def test_under_a_launcher_too(plans: dict[str, str], tmp_path: Path, capsys: pyt
     train("--plan", plans["1"], "--steps", 2, "--save", root)
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     said = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    said |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    said |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "mplab", *DIGITS, "--plan", plans["dp2"], "--steps", "4"]
     processes = [
         subprocess.Popen(

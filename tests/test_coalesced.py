@@ -18,14 +18,12 @@ import torch
 from hypothesis import given, settings
 from limits import at_most
 from limits import leaves_nothing_behind as leaves_nothing_behind
-from streams import FakeTorch, Memory, OnStream
+from streams import Memory, OnStream
 from torch import Tensor
 
-import mplab.comm.memory
 from mplab import CollectiveMismatch, Link, World, private
-from mplab.comm import coalesced, collectives, threads
+from mplab.comm import coalesced, collectives
 from mplab.comm.coalesced import blocks
-from mplab.comm.memory import CudaMemory
 from mplab.world import Rank
 
 CPU = torch.device("cpu")
@@ -211,20 +209,10 @@ def test_over_a_link_it_goes_on_while_ranks_compute(small_bytes: int, monkeypatc
 
 @pytest.fixture(params=[1 << 18, 4], ids=["one rank computes", "all compute"])
 def as_on_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in test_memory; and pair by pair, since the clocks see no lists."""
-    monkeypatch.setattr(collectives, "SMALL_BYTES", request.param)
-    monkeypatch.setattr(threads, "HostMemory", lambda: CudaMemory(CPU))
-    monkeypatch.setattr(mplab.comm.memory, "torch", FakeTorch())
-    monkeypatch.setattr(torch.Tensor, "record_stream", streams.record_stream)
+    """And pair by pair, since the clocks see no lists."""
+    streams.play_out(request.param, monkeypatch)
     monkeypatch.setattr(coalesced, "add_each_", lambda xs, ys: [x.add_(y) for x, y in zip(xs, ys, strict=True)])
     monkeypatch.setattr(coalesced, "copy_each_", lambda xs, ys: [x.copy_(y) for x, y in zip(xs, ys, strict=True)])
-    init = threads.ThreadCommunicator.__init__
-
-    def on_cuda(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self._is_host = False
-
-    monkeypatch.setattr(threads.ThreadCommunicator, "__init__", on_cuda)
 
 
 def joined(rank: Rank, op: str) -> None:

@@ -337,7 +337,7 @@ def test_the_model_that_was_given_is_never_changed() -> None:
 
 
 def test_weights_and_buffers_begin_as_those_of_rank_0() -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         models = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(3)]
 
     def work(rank: Rank) -> list[Tensor]:
@@ -360,7 +360,7 @@ def test_weights_and_buffers_begin_as_those_of_rank_0() -> None:
 
 def test_a_gpt() -> None:
     config = GPTConfig(vocab_size=7, context_length=4, num_layers=2, num_heads=2, width=8, tied=True)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         start = GPT(config).double()
     seed_parameters(start)
     want = by_hand(copy.deepcopy(start), "adamw", lengths=shards(3))
@@ -423,7 +423,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MADE)
 def test_other_models(name: str) -> None:
     def start() -> nn.Module:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             made = MADE[name]()
         seed_parameters(made)
         return made
@@ -622,7 +622,7 @@ def test_settings_that_differ_are_named(name: str, values: tuple[Any, Any]) -> N
     ids=["other layers", "frozen", "tied", "dtype", "shape"],
 )
 def test_models_that_differ_are_named(other: Callable[[], nn.Module], words: list[str]) -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         models = [dp.model(), other()]
     with pytest.raises(MplabError, match="the ranks were given different settings") as caught:
         World(2, "cpu").run(lambda rank: DataParallel(models[rank.index], rank.comm))
@@ -740,7 +740,7 @@ class Recomputed(nn.Module):
 
 
 def recomputed(is_reentrant: bool) -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         made = Recomputed(is_reentrant)
     seed_parameters(made)
     return made

@@ -83,7 +83,7 @@ def test_larger_gradients_that_a_stream_still_writes(overlap: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randint(500, (16, 64), generator=generator) for _ in range(6)]
     data = list(zip(draw[::2], draw[1::2], strict=True))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         start = GPT(config).double()
     seed_parameters(start)
     mine = GPT(config).double().cuda()
@@ -136,7 +136,7 @@ class Held(torch.autograd.Function):
 
 def reductions(overlap: bool) -> list[list[tuple[str, float, float]]]:
     """Of every rank and its last step: backward, and the messages of the buckets, on the device's clock."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         start = Slow(6)
     x = torch.ones(4, 1024)
     loss: Any = lambda outputs, targets: (outputs - targets).square().mean()  # noqa: E731

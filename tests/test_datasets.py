@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import global_random_states
 
 from mplab.datasets import Dataset, Digits, Text, digits, text
 from mplab.datasets.dataset import epoch_order
@@ -53,12 +53,9 @@ def test_a_batch_follows_from_the_seed_and_the_step_alone(make: Callable[..., Da
 
 
 def test_the_global_random_state_is_left_alone(make: Callable[..., Dataset]) -> None:
-    def states() -> tuple[object, ...]:
-        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
-
-    before = states()
+    before = global_random_states()
     make(seed=3).batch(11)
-    assert states() == before
+    assert global_random_states() == before
 
 
 def test_batches_go_on_where_they_are_told_to(make: Callable[..., Dataset]) -> None:

@@ -315,7 +315,7 @@ def test_a_loss_of_ones_own() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_stage_may_begin_with_a_layer_that_works_in_place(recompute: bool) -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2), nn.ReLU(inplace=True)).double()
     seed_parameters(model)
     generator = torch.Generator().manual_seed(0)

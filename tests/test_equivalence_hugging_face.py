@@ -27,7 +27,7 @@ def hugging_face(name: str) -> nn.Module:
     """A tiny one with random weights, the same every time."""
     transformers = pytest.importorskip("transformers")
     kind = getattr(transformers, name)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = kind(kind.config_class(vocab_size=7, **CONFIGS[name])).double()
     return model

@@ -45,7 +45,7 @@ def hugging_face(name: str, **options: Any) -> nn.Module:
     """A tiny one with random weights, the same every time."""
     kind = getattr(pytest.importorskip("transformers"), name)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model: nn.Module = kind(kind.config_class(**{**sizes, "max_position_embeddings": LENGTH, **options}))
     seed_parameters(model)
     return model
@@ -317,7 +317,7 @@ def test_buffers_are_those_of_rank_0_too() -> None:
         parallel = TensorParallel(models[rank.index], rank.comm, GATED, optimizer=OPTIMIZERS["sgd"])
         return follow(rank, parallel, batches())
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         models = [own(Scale(scale), Mixer()) for scale in (2.0, 3.0)]
     for trained in World(2, "cpu").run(work):
         assert_alike(trained, serially(models[0], batches()), TOLERANCE)
@@ -458,7 +458,7 @@ class Keyword(nn.Module):
 
 def own(*between: nn.Module) -> nn.Sequential:
     """An embedding, what is between, and a head; weights of order 1."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), *between, nn.Linear(WIDTH, VOCABULARY))
     seed_parameters(model)
     return model.double()
@@ -475,27 +475,27 @@ GATED = {"*.gate": "column", "*.up": "column", "*.down": "row"}
 @pytest.mark.parametrize(("norm", "residual"), [(False, False), (True, False), (False, True), (True, True)])
 def test_layers_that_read_what_comes_in_or_something_else(norm: bool, residual: bool, num_ranks: int) -> None:
     """Their gradients are added up once: what leaves the module another way has its whole gradient already."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(Mixer(norm, residual), Mixer(norm, residual))
     check(serially(model, batches()), model, num_ranks, {}, OVERLAP, plan=GATED)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_module_that_is_the_first_on_the_cut_sequence_and_shares_its_input(num_ranks: int) -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(Mixer(), Mixer())
     plan = {**GATED, "0": "vocab", "1": "scatter", "3": "vocab"}
     check(serially(model, batches()), model, num_ranks, *EVERY_WAY, plan=plan)
 
 
 def test_a_layer_that_is_called_several_times() -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(Twice(), nn.LayerNorm(WIDTH), Twice())
     check(serially(model, batches()), model, 2, {}, OVERLAP, plan=GATED)
 
 
 def test_a_module_that_is_used_twice() -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         mixer = Mixer(residual=True)
         model = own(mixer, nn.LayerNorm(WIDTH), mixer)
     plan = {f"1.{name}": style for name, style in (("gate", "column"), ("up", "column"), ("down", "row"))}
@@ -503,7 +503,7 @@ def test_a_module_that_is_used_twice() -> None:
 
 
 def test_activations_that_come_by_name() -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(Named(), Named())
     inner = {pattern.replace("*", "*.inner"): style for pattern, style in GATED.items()}
     for entry in ({}, {"*.inner": "entry"}):
@@ -521,7 +521,7 @@ def crcr(*before: nn.Module) -> nn.Sequential:
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_siblings_that_do_not_share_their_input(depth: int) -> None:
     """column, row, column, row: in the model itself, in a module of it, and after a norm there."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(*crcr()) if depth == 0 else own(crcr(*[nn.LayerNorm(WIDTH)] * (depth - 1)))
     first, start = ("" if depth == 0 else "1."), (1, 0, 1)[depth]
     styles = ("column", "row", "", "column", "row")
@@ -530,7 +530,7 @@ def test_siblings_that_do_not_share_their_input(depth: int) -> None:
 
 
 def test_siblings_that_do_not_share_their_input_on_a_cut_sequence() -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(crcr())
     plan = {"0": "vocab", "1": "scatter", "1.0": "column", "1.1": "row", "1.3": "column", "1.4": "row", "2": "vocab"}
     for num_ranks in (2, 4):
@@ -540,7 +540,7 @@ def test_siblings_that_do_not_share_their_input_on_a_cut_sequence() -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_layers_that_read_something_else_on_a_cut_sequence(norm: bool) -> None:
     """A norm of what comes in, which would be gathered once more if what comes in were: serial training, too."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(Mixer(norm), Mixer(norm, residual=True))
     plan = GATED | {"0": "vocab", "1": "scatter", "3": "vocab"}
     check(serially(model, batches()), model, 2, SEQUENCE, SEQUENCE | OVERLAP, plan=plan)
@@ -548,7 +548,7 @@ def test_layers_that_read_something_else_on_a_cut_sequence(norm: bool) -> None:
 
 def test_layers_that_are_cut_after_the_sequence_is_whole_again() -> None:
     """A row-parallel layer's bias among them, which every rank has, and its whole gradient."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(Mixer(), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
     plan = GATED | {"0": "vocab", "1": "scatter", "2": "gather", "3": "column", "5": "row", "6": "vocab"}
     check(serially(model, batches()), model, 2, SEQUENCE, SEQUENCE | OVERLAP, plan=plan)
@@ -563,7 +563,7 @@ def test_a_norm_of_each_head() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.down(self.norm(self.up(x).unflatten(-1, (-1, 2))).flatten(-2))
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(Heads(), nn.LayerNorm(WIDTH), Heads())
     plan = {"*.up": "column", "*.norm": "partial", "*.down": "row"}
     for num_ranks in (2, 4):
@@ -574,7 +574,7 @@ def test_a_norm_of_each_head() -> None:
 
 def test_inputs_without_a_sequence() -> None:
     """Rows of features, and classes."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.Linear(6, 4))
     seed_parameters(model.double())
     generator = torch.Generator().manual_seed(3)
@@ -588,7 +588,7 @@ def test_inputs_without_a_sequence() -> None:
 
 def test_a_model_in_its_evaluation_mode_drops_nothing() -> None:
     """As `from_pretrained` gives it."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(Mixer(), nn.Dropout(0.5), Mixer()).eval()
         known = hugging_face("GPT2LMHeadModel", **{**GPT2, "resid_pdrop": 0.5, "embd_pdrop": 0.5}).double().eval()
     check(serially(model, batches()), model, 2, plan=GATED)
@@ -624,7 +624,7 @@ def plans(draw: st.DrawFn) -> tuple[bool, int, bool, bool, dict[str, str]]:
 
 @cache
 def chain(tied: bool) -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = own(Mixer(), Mixer(), nn.LayerNorm(WIDTH))
     if tied:
         model[-1].weight = model[0].weight

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mplab.errors import MplabError
 from mplab.plan.cost import Link
 from mplab.plan.explain import explain
-from mplab.plan.partition import LayerCost
+from mplab.plan.layer_cost import LayerCost
 from mplab.plan.schedule import ORDERS, build
 from mplab.plan.simulate import simulate
 from mplab.trace import Event, Timeline

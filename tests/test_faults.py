@@ -285,7 +285,12 @@ def test_a_rank_that_does_not_stop_is_named_and_left_behind() -> None:
     w = world(2)
     with pytest.raises(OwnError) as caught:
         w.run(run)
-    assert ranks_alive(), "the caller has waited for it"
+    tracing = sys.gettrace()
+    sys.settrace(lambda *_: None)  # as an exercise's check does, and a debugger: calls end all the same
+    try:
+        assert ranks_alive(), "the caller has waited for it"
+    finally:
+        sys.settrace(tracing)
     notes = " ".join(caught.value.__notes__)
     assert "rank 1 did not stop" in notes
     assert "test_faults.py, line " in notes

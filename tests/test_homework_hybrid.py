@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -26,6 +27,9 @@ from mplab.comm import Mesh
 from mplab.homework import Report, check_cheapest_plan, check_clip_once, check_mesh_groups
 from mplab.homework.clip_cases import cases
 from mplab.homework.plans import SETTINGS, WITHOUT
+from mplab.parallel import HybridParallel
+from mplab.parallel.sharded import ShardedDataParallel
+from mplab.parallel.sharded_replicas import ShardedReplicas
 from mplab.plan.layout import Plan
 from mplab.plan.machines import Machine
 from mplab.plan.search import Prediction, candidates, predict, search
@@ -204,6 +208,36 @@ def groups_by_places_of_a_mesh(dp: int, pp: int, tp: int) -> Groups:
     return {**groups(dp, pp, tp), "tp": [[mesh.rank(d, p, t) for t in range(tp)] for d in range(dp) for p in range(pp)]}
 
 
+def groups_of_a_large_mesh(dp: int, pp: int, tp: int) -> Groups:
+    return groups_of_a_mesh(dp, pp, tp) if dp * pp * tp > 8 else groups(dp, pp, tp)
+
+
+def groups_with_two_ranks_swapped(dp: int, pp: int, tp: int) -> Groups:
+    """Those of the first rank are right."""
+    found = groups(dp, pp, tp)
+    if tp > 1 and dp * pp > 2:
+        found["tp"][1][-1], found["tp"][2][-1] = found["tp"][2][-1], found["tp"][1][-1]
+    return found
+
+
+def groups_of_flags(dp: int, pp: int, tp: int) -> Groups:
+    return {axis: [[bool(rank) for rank in group] for group in x] for axis, x in groups(dp, pp, tp).items()}
+
+
+def groups_of_letters(dp: int, pp: int, tp: int) -> Groups:
+    return {axis: ["x" * 99] for axis in AXES}
+
+
+def groups_as_numbers(dp: int, pp: int, tp: int) -> Groups:
+    return {axis: torch.tensor(0) for axis in AXES}
+
+
+def groups_of_neighbours_but_of_one_rank(dp: int, pp: int, tp: int) -> Groups:
+    if dp * pp * tp == 1:
+        raise ValueError("no groups of one rank")
+    return groups_of_neighbours(dp, pp, tp)
+
+
 def groups_that_wait(dp: int, pp: int, tp: int) -> Groups:
     if dp == 2:
         never_ends()
@@ -237,6 +271,15 @@ WRONG_GROUPS: Wrong = [
     (groups_of_a_mesh, {OWN: "a call of Mesh"}),
     (groups_of_a_mesh_made_before, {OWN: "a call of Mesh"}),
     (groups_by_places_of_a_mesh, {OWN: "a call of Mesh"}),
+    (groups_of_a_large_mesh, {OWN: "a call of Mesh"}),
+    (groups_with_two_ranks_swapped, {"groups of tp": "[2, 5] neighbours on this axis"}),
+    (groups_of_flags, {SHAPED: "[[False]]"}),
+    (groups_as_numbers, {SHAPED: "0 return"}),
+    (groups_of_letters, {SHAPED: "xxx... return"}),
+    (
+        groups_of_neighbours_but_of_one_rank,
+        {ENDS: "no groups of one rank", "groups of dp": "pp * tp = 3 ranks", "groups of pp": "tp = 2 ranks"},
+    ),
     (groups_that_wait, {ENDS: "a loop that doesn't end"}),
     (none, {SHAPED: "an object of type NoneType"}),
     (never_ends, {ENDS: "a loop that doesn't end"}),
@@ -381,6 +424,13 @@ def cheapest_by_search(model: Transformer, machine: Machine, batch: int, counts:
     return best(found, device_s)
 
 
+def cheapest_by_search_of_seven(model: Transformer, machine: Machine, batch: int, counts: Counts) -> Plan:
+    """Which there is not."""
+    if counts[0] != 7:
+        return cheapest(model, machine, batch, counts)
+    return cheapest_by_search(model, machine, batch, counts)
+
+
 def cheapest_predicted_twice(model: Transformer, machine: Machine, batch: int, counts: Counts) -> Plan:
     fitting = [
         (plan, some)
@@ -390,7 +440,8 @@ def cheapest_predicted_twice(model: Transformer, machine: Machine, batch: int, c
     ]
     if not fitting:
         raise MplabError("nothing fits")
-    return min(fitting, key=lambda x: x[0].num_ranks * predict(x[0], model, batch, x[1]).step_s)[0]
+    plan, some = min(fitting, key=lambda x: x[0].num_ranks * predict(x[0], model, batch, x[1]).step_s)
+    return predict(plan, model, batch, some).plan  # and this one once more
 
 
 def cheapest_prediction(model: Transformer, machine: Machine, batch: int, counts: Counts) -> Any:
@@ -422,6 +473,13 @@ def cheapest_in_impossible_stages(model: Transformer, machine: Machine, batch: i
     return Plan(pp=counts[0], cuts=tuple(range(90, 90 + counts[0] - 1)))
 
 
+def looks_on_where_nothing_fits(model: Transformer, machine: Machine, batch: int, counts: Counts) -> Plan:
+    try:
+        return cheapest(model, machine, batch, counts)
+    except MplabError:
+        return never_ends()  # type: ignore[no-any-return]
+
+
 def predicts_for_ever(model: Transformer, machine: Machine, batch: int, counts: Counts) -> Plan:
     while True:
         predictions(model, machine, batch, counts)
@@ -444,7 +502,9 @@ WRONG_PLANS: Wrong = [
     (cheapest_without_micro_batches, {FEW: ""}),
     (cheapest_in_computing, {FEW: "", MORE: "", HOSTS: ""}),
     (cheapest_by_search, {OWN: "a call of search"}),
-    (cheapest_predicted_twice, {TWICE: " calls of predict, 2 of them for"}),
+    (cheapest_by_search_of_seven, {OWN: "a call of search"}),
+    (looks_on_where_nothing_fits, {ENDS: "a loop that doesn't end"}),
+    (cheapest_predicted_twice, {TWICE: " calls of predict, 3 of them for"}),
     (cheapest_prediction, {COUNTED: "return the plan: prediction.plan"}),
     (cheapest_without_an_error, {NOTHING: "ValueError"}),
     (cheapest_or_none, {NOTHING: "type NoneType"}),
@@ -649,6 +709,20 @@ def a_mean(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
     return torch.as_tensor(mesh.pp.all_reduce(mesh.tp.all_reduce(mine, "mean"), "mean"))
 
 
+def a_mean_over_stages(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
+    return torch.as_tensor(mesh.pp.all_reduce(one_stage(gradients, is_cut, mesh), "mean"))
+
+
+def a_mean_of_all(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
+    return torch.as_tensor(mesh.pp.all_reduce(mesh.tp.all_reduce(of_all(gradients), "mean")))
+
+
+def sum_of_both_norms(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
+    cut, whole = of_cut(gradients, is_cut), of_whole(gradients, is_cut)
+    both = mesh.pp.all_reduce(torch.cat([mesh.tp.all_reduce(cut), whole]))
+    return torch.as_tensor(both.sqrt().sum().square())
+
+
 def sum_of_norms(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
     """Of all ranks' own."""
     return torch.as_tensor(mesh.pp.all_reduce(mesh.tp.all_reduce(of_all(gradients).sqrt()))).square()
@@ -670,6 +744,10 @@ def of_all_replicas(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tens
 
 def squared(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
     return once(gradients, is_cut, mesh).square()
+
+
+def a_little_more(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
+    return once(gradients, is_cut, mesh) * 1.001
 
 
 def largest(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
@@ -716,6 +794,13 @@ def in_two_calls(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
     of_stage = mesh.tp.all_reduce(of_cut(gradients, is_cut)) + of_whole(gradients, is_cut)
     total = mesh.pp.reduce(of_stage)
     return torch.as_tensor(mesh.pp.broadcast(total))
+
+
+def as_often_as_there_are_others(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
+    """Once, where there is one."""
+    for _ in range(mesh.tp.size - 2):
+        mesh.tp.all_reduce(torch.zeros(1))
+    return once(gradients, is_cut, mesh)
 
 
 def after_a_barrier(gradients: Gradients, is_cut: list[bool], mesh: Any) -> Tensor:
@@ -812,6 +897,13 @@ def clip_joined(gradients: Gradients, is_cut: list[bool], mesh: Any, max_norm: f
     return clip(gradients, is_cut, mesh, max_norm)
 
 
+def clip_stacked(gradients: Gradients, is_cut: list[bool], mesh: Any, max_norm: float, cut: bool) -> float:
+    """`torch.stack` of nothing is one too; here a stage has parameters, of which none is cut, or all are."""
+    if gradients:
+        torch.stack([x.sum() for x, this in zip(gradients, is_cut, strict=True) if this == cut])
+    return clip(gradients, is_cut, mesh, max_norm)
+
+
 def clip_with_the_library(gradients: Gradients, is_cut: list[bool], mesh: Any, max_norm: float) -> float:
     from mplab.parallel import TensorParallel
 
@@ -828,6 +920,14 @@ def clip_with_the_library(gradients: Gradients, is_cut: list[bool], mesh: Any, m
     return clip(gradients, is_cut, mesh, max_norm)
 
 
+def clip_with_other_parts_of_the_library(gradients: Gradients, is_cut: list[bool], mesh: Any, max_norm: float) -> float:
+    """In vain."""
+    for method in (HybridParallel._clip, ShardedDataParallel._finish_gradients, ShardedReplicas._finish_gradients):
+        with contextlib.suppress(Exception):
+            method(*[None] * method.__code__.co_argcount)  # type: ignore[arg-type]
+    return clip(gradients, is_cut, mesh, max_norm)
+
+
 AGAIN = "counted tp times"
 WRONG_CLIPS: Wrong = [
     (partial(clip, total=whole_on_every_rank), {NORM: AGAIN}),
@@ -840,6 +940,9 @@ WRONG_CLIPS: Wrong = [
     (partial(clip, total=whole_as_a_share), {NORM: "whole are counted less than once"}),
     (partial(clip, total=the_wrong_way_round), {NORM: "is_cut is read the wrong way round"}),
     (partial(clip, total=a_mean), {NORM: "a mean over the ranks"}),
+    (partial(clip, total=a_mean_over_stages), {NORM: "a mean over the ranks"}),
+    (partial(clip, total=a_mean_of_all), {NORM: "a mean over the ranks"}),
+    (partial(clip, total=sum_of_both_norms), {NORM: "norms don't add up"}),
     (partial(clip, total=sum_of_norms), {NORM: "norms don't add up"}),
     (partial(clip, total=sum_of_stages_norms), {NORM: "norms don't add up"}),
     (partial(clip, total=sum_of_parameters_norms), {NORM: "norms don't add up"}),
@@ -848,6 +951,7 @@ WRONG_CLIPS: Wrong = [
         {NORM: "replicas have the same gradient", REPLICAS: "all_reduce with ranks 1"},
     ),
     (partial(clip, total=squared), {NORM: "take its root"}),
+    (partial(clip, total=a_little_more), {NORM: "work it out by hand"}),
     (partial(clip, total=largest), {NORM: "work it out by hand"}),
     (partial(clip, total=over_replicas), {REPLICAS: "mesh.tp and mesh.pp have all that is needed"}),
     (partial(clip, total=over_world), {REPLICAS: "mesh.tp and mesh.pp have all that is needed"}),
@@ -858,6 +962,7 @@ WRONG_CLIPS: Wrong = [
     (partial(clip, total=a_number_a_parameter), {NUMBERS: "all_reduce of 3 elements"}),
     (partial(clip, total=a_call_a_parameter), {CALLS: "2 on rank 0: 2 all_reduce"}),
     (partial(clip, total=in_two_calls), {CALLS: "1 reduce, 1 broadcast"}),
+    (partial(clip, total=as_often_as_there_are_others), {CALLS: "2 on rank 0: 2 all_reduce"}),
     (partial(clip, total=after_a_barrier), {CALLS: "1 barrier, 1 all_reduce"}),
     (partial(clip, then=always), {BELOW: "clipping only shortens"}),
     (partial(clip, then=into_nothing), {ZEROS: "max_norm / norm is infinite"}),
@@ -875,8 +980,11 @@ WRONG_CLIPS: Wrong = [
     (clip_in_silence, {NORM: "None return float(norm), on every rank"}),
     (clip_on_the_first_stage, {FINISHES: "a collective needs every rank"}),
     (clip_where_there_are_parameters, {FINISHES: "a collective needs every rank"}),
+    (partial(clip_stacked, cut=True), {FINISHES: "stack expects a non-empty TensorList"}),
+    (partial(clip_stacked, cut=False), {FINISHES: "stack expects a non-empty TensorList"}),
     (clip_joined, {FINISHES: "a stage without parameters has nothing to add up"}),
     (clip_with_the_library, {OWN: "a call of TensorParallel"}),
+    (clip_with_other_parts_of_the_library, {OWN: "HybridParallel, ShardedDataParallel, ShardedReplicas"}),
     (none, {NORM: "return float(norm), on every rank"}),
     (never_ends, {FINISHES: "a loop that doesn't end"}),
     (leaves, {FINISHES: "enough"}),
@@ -902,6 +1010,7 @@ def test_each_case_tells_every_mistake_apart() -> None:
 
 def test_gradients_that_are_whole_are_the_same_on_every_rank() -> None:
     for case in cases():
+        assert case.max_norm > 0
         for p, of_stage in enumerate(case.gradients):
             for i, is_cut in enumerate(case.is_cut(p)):
                 equal = [torch.equal(of_rank[i], of_stage[0][i]) for of_rank in of_stage[1:]]

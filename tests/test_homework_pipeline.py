@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from graded import check_command, check_fails_at, check_stub, generating_stub, name
 
-from mplab.__main__ import main as command_line
 from mplab.homework import (
     Report,
     check_fastest_num_microbatches,
@@ -24,26 +24,12 @@ from mplab.homework import (
 from mplab.homework.limited import TooManySteps, attempt
 from mplab.plan import partition, schedule
 from mplab.plan.cost import Link
-from mplab.plan.partition import LayerCost
+from mplab.plan.layer_cost import LayerCost
 from mplab.plan.schedule import Action
 from mplab.plan.simulate import simulate
 
 ENDS = "every call ends"
 OWN = "mplab's own is not called"
-
-
-def name(solution: Any) -> str:
-    return str(getattr(getattr(solution, "func", solution), "__name__", solution))
-
-
-def check_fails(check: Callable[[Any], Report], solution: Any, reasons: Sequence[str]) -> Report:
-    report = check(solution)
-    assert list(report.failed) == list(reasons), str(report)
-    assert not report.passed
-    for line in report.lines:
-        if line.outcome == "failed":
-            assert all([line.case, line.expected, line.seen, line.hint]), line
-    return report
 
 
 # --- 1F1B -------------------------------------------------------------------------------------------------------------
@@ -187,7 +173,7 @@ WRONG_ORDERS: list[tuple[Any, list[str]]] = [
 
 @pytest.mark.parametrize(("solution", "reasons"), WRONG_ORDERS, ids=[name(solution) for solution, _ in WRONG_ORDERS])
 def test_wrong_orders_fail_for_their_own_reason(solution: Any, reasons: list[str]) -> None:
-    check_fails(check_one_f_one_b, solution, reasons)
+    check_fails_at(check_one_f_one_b, solution, reasons)
 
 
 def test_gpipe_is_as_long_and_its_table_shows_what_it_holds() -> None:
@@ -221,7 +207,7 @@ def test_missing_actions_are_listed() -> None:
 def test_an_order_that_trains_otherwise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """No valid order does; so the run is broken instead."""
     monkeypatch.setattr("mplab.homework.pipeline.cross_entropy", lambda out, target: 2 * out.square().mean())
-    check_fails(check_one_f_one_b, right_order, [LOSS])
+    check_fails_at(check_one_f_one_b, right_order, [LOSS])
 
 
 # --- the best cuts ----------------------------------------------------------------------------------------------------
@@ -440,7 +426,7 @@ WRONG_CUTS: list[tuple[Any, list[str]]] = [
 
 @pytest.mark.parametrize(("solution", "reasons"), WRONG_CUTS, ids=[name(solution) for solution, _ in WRONG_CUTS])
 def test_wrong_cuts_fail_for_their_own_reason(solution: Any, reasons: list[str]) -> None:
-    check_fails(check_optimal_cut, solution, reasons)
+    check_fails_at(check_optimal_cut, solution, reasons)
 
 
 def test_a_greedy_cut_is_told_what_would_do() -> None:
@@ -595,7 +581,7 @@ WRONG_NUMBERS: list[tuple[Any, list[str]]] = [
 
 @pytest.mark.parametrize(("solution", "reasons"), WRONG_NUMBERS, ids=[name(solution) for solution, _ in WRONG_NUMBERS])
 def test_wrong_numbers_of_microbatches_fail_for_their_own_reason(solution: Any, reasons: list[str]) -> None:
-    check_fails(check_fastest_num_microbatches, solution, reasons)
+    check_fails_at(check_fastest_num_microbatches, solution, reasons)
 
 
 def test_a_slower_number_is_told_with_its_time() -> None:
@@ -610,21 +596,9 @@ def test_a_slower_number_is_told_with_its_time() -> None:
 CHECKS = [check_one_f_one_b, check_optimal_cut, check_fastest_num_microbatches]
 
 
-def stub(*_: Any) -> Any:
-    raise NotImplementedError
-
-
-def generating_stub(*_: Any) -> Iterator[Any]:
-    raise NotImplementedError
-    yield
-
-
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_stub_is_no_failure(check: Callable[[Any], Report]) -> None:
-    report = check(stub)
-    assert not report.passed
-    assert report.failed == ()
-    assert "not written yet" in str(report)
+    check_stub(check)
 
 
 def test_a_generating_stub_is_no_failure() -> None:
@@ -671,14 +645,10 @@ def test_prints_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_checks_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "wrong.py").write_text(
+    code = (
         "def one_f_one_b(rank, num_ranks, num_microbatches):\n"
         "    return [f'{rank}{kind}{j}' for kind in 'FB' for j in range(num_microbatches)]\n"
         "def optimal_cut(times_s, num_stages):\n    return range(1, num_stages)\n"
         "def fastest_num_microbatches(*_):\n    return 1\n"
     )
-    for exercise in ("one_f_one_b", "optimal_cut", "fastest_num_microbatches"):
-        assert command_line(["check", exercise, str(tmp_path / "wrong.py")]) == 1
-        out = capsys.readouterr().out
-        assert out.startswith(f"{exercise}: ")
-        assert "FAILED" in out
+    check_command(code, tmp_path, capsys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import graded
 import pytest
 import torch
-from graded import Wrong, check_fails, lines_of, name, wrong_ones
+from graded import Wrong, check_fails, check_sleep, check_stub, leaves, lines_of, name, never_ends, wrong_ones
 from limits import leaves_nothing_behind as leaves_nothing_behind
 from torch import Tensor, nn
 from torch.nn import functional
@@ -254,17 +253,8 @@ def none(*_: Any) -> Any:
     return None
 
 
-def never_ends(*_: Any) -> Any:
-    while True:
-        pass
-
-
 def never_ends_in_backward(comm: Communicator, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return column_of_its_own(comm, x, weight, bias, never_ends)
-
-
-def leaves(*_: Any) -> None:
-    raise SystemExit("enough")
 
 
 def library_column(comm: Communicator, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -857,28 +847,14 @@ def test_what_a_solution_does_to_the_model_changes_nothing() -> None:
 CHECKS = [check_column_linear, check_row_linear, check_vocab_cross_entropy, check_plan_for]
 
 
-def stub(*_: Any) -> Any:
-    raise NotImplementedError
-
-
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_stub_is_no_failure(check: Callable[[Any], Report]) -> None:
-    report = check(stub)
-    assert (report.passed, report.is_written, report.failed) == (False, False, ())
-    assert str(report).startswith(check.__name__.removeprefix("check_") + ": not written yet")
+    check_stub(check)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_ranks_that_sleep_for_ever_are_stopped(check: Callable[[Any], Report], monkeypatch: pytest.MonkeyPatch) -> None:
-    def sleeps(*_: Any) -> None:
-        while True:
-            time.sleep(0.01)
-
-    monkeypatch.setattr("mplab.homework.watched.TIMEOUT_S", 0.2)
-    (line,) = [line for line in check(sleeps).lines if line.outcome == "failed"]
-    assert line.name == (PLAN if check is check_plan_for else FINISHES)
-    assert "stopped after 0.2 s" in line.seen
-    assert "loop" in line.hint
+    check_sleep(check, PLAN if check is check_plan_for else FINISHES, monkeypatch)
 
 
 def test_what_a_report_says() -> None:

@@ -65,6 +65,7 @@ class Watched(HybridParallel):
 
     def step(self, batch: Batch) -> float:
         assert batch is BATCH
+        assert gc.get_freeze_count()
         if self.comm.rank == 0:
             self.log.append(("step", self.plan))
         return super().step(batch)
@@ -75,9 +76,11 @@ def test_plans_take_turns_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Watched, "made", [])
     monkeypatch.setattr(Watched, "log", [])
     a, b, c = PLANS[1:4]
+    num_frozen = gc.get_freeze_count()
     measure_plans(gpt(), iter([a, b, c]), BATCH, 3, 2, SGD)
     turns = [("made", plan) if k == 0 else ("step", plan) for plan in (a, b, c, c, b, a, a, b, c) for k in range(4)]
     assert Watched.log == turns
+    assert gc.get_freeze_count() == num_frozen
     gc.collect()
     assert not any(made() for made in Watched.made)
 
@@ -144,6 +147,7 @@ def test_what_is_refused(
         measure_plans(**{"model": gpt(), "plans": plans, "batch": BATCH} | options)
     for words in said:
         assert words in str(refused.value)
+    assert not [*MODULE._faults(gpt(), [Plan(num_microbatches=17)], 17)]  # one sample in each
     if len(plans) == 4:  # the first three, and not the last
         assert str(refused.value).count(" does not fit:") == 2
 

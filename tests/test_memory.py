@@ -5,20 +5,19 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import streams
 import torch
 from limits import leaves_nothing_behind as leaves_nothing_behind
-from streams import FakeTorch, Memory, OnStream
+from streams import Memory, OnStream
 from torch import Tensor
 
 import mplab.comm.memory
 from mplab import World
-from mplab.comm import Communicator, algorithms, collectives, threads
+from mplab.comm import Communicator, algorithms
 from mplab.comm.memory import LARGE_BYTES, CudaMemory, HostMemory, new_like
 from mplab.world import Rank
 
@@ -26,20 +25,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[1 << 18, 16], ids=["one rank computes", "all compute"])
-def small_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Communicators that work as on CUDA, with streams that are played out; and both ways to share the work."""
-    monkeypatch.setattr(collectives, "SMALL_BYTES", request.param)
-    monkeypatch.setattr(threads, "HostMemory", lambda: CudaMemory(CPU))
-    monkeypatch.setattr(mplab.comm.memory, "torch", FakeTorch())
-    monkeypatch.setattr(torch.Tensor, "record_stream", streams.record_stream)
-    init = threads.ThreadCommunicator.__init__
-
-    def as_on_cuda(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self._is_host = False
-
-    monkeypatch.setattr(threads.ThreadCommunicator, "__init__", as_on_cuda)
-    return
+    streams.play_out(request.param, monkeypatch)
 
 
 def overwrite(*xs: Tensor | None) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import global_random_states
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -80,11 +79,6 @@ def test_the_dtype_and_device_of_the_parameters_are_kept() -> None:
     assert torch.equal(model.head.norm.weight, seeded("head.norm.weight", (8,)).double())
     with torch.device("meta"):
         assert all(parameter.is_meta for parameter in GPT(SMALL).parameters())
-
-
-def global_random_states() -> tuple[object, ...]:
-    """Those of torch, NumPy (the legacy one, which is the global one) and Python."""
-    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
 
 
 def test_the_global_random_state_is_left_alone() -> None:

@@ -225,7 +225,7 @@ def test_a_rank_may_lose_its_last_weight_and_get_one_again() -> None:
 def test_buffers_move_too() -> None:
     """Running means and variances, and the number of batches, which is no float."""
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         norms = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
         model = nn.Sequential(nn.Linear(3, 5), norms[0], nn.Tanh(), nn.Linear(5, 5), norms[1]).double()
@@ -375,9 +375,9 @@ def test_a_rank_takes_up_its_own_stages_and_no_others() -> None:
     pipes = World(2, "cpu").run(build)
 
     def mixed_up(rank: Rank) -> None:
-        with pytest.raises(MplabError, match=f"connect to rank {rank.index} of 2: these are the stages of rank "):
+        with pytest.raises(MplabError, match=f"connect to rank {rank.index} of 2: this is rank "):
             pipes[1 - rank.index].connect(rank.comm)
 
     World(2, "cpu").run(mixed_up)
-    with pytest.raises(MplabError, match="connect to rank 0 of 1: these are the stages of rank 0 of 2"):
+    with pytest.raises(MplabError, match="connect to rank 0 of 1: this is rank 0 of 2"):
         World(1, "cpu").run(lambda rank: pipes[0].connect(rank.comm))

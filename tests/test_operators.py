@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mplab import World
 from mplab.comm import Communicator
+from mplab.errors import MplabError
 from mplab.parallel import operators
 from mplab.plan.traffic import direct_traffic
 from mplab.world import Rank
@@ -333,7 +334,34 @@ def test_reduce_from_in_place_of_what_backward_needs_is_an_error_and_not_a_wrong
         operators.reduce_from_(x.exp(), rank.comm).sum().backward()
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        World(1, "cpu").run(work)
+        World(2, "cpu").run(work)
+
+
+def test_reduce_from_in_place_of_a_parameter_is_refused() -> None:
+    """Autograd does not see the change, and would not refuse it."""
+
+    def work(rank: Rank) -> Tensor:
+        weight = torch.ones(3, requires_grad=True)
+        with pytest.raises(MplabError, match="take reduce_from,"):
+            operators.reduce_from_(weight, rank.comm)
+        with torch.no_grad():  # there it is a tensor as any other
+            return operators.reduce_from_(weight, rank.comm).detach()
+
+    assert all(torch.equal(x, torch.full((3,), 2.0)) for x in World(2, "cpu").run(work))
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if OPERATORS[name].backward])
+def test_the_gradient_of_a_gradient_is_refused_and_not_wrong(name: str) -> None:
+    """Nobody would add it up over the ranks."""
+
+    def work(rank: Rank) -> None:
+        x = drawn((2, 4, 2), 0).requires_grad_()
+        loss = (OPERATORS[name].call(x, rank.comm, 1) ** 3).sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+    World(2, "cpu").run(work)
 
 
 # --- used more than once ---------------------------------------------------------------------------------------------

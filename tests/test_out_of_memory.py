@@ -129,4 +129,4 @@ def test_on_a_gpu() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as caught:
         World(2, "cuda:0").run(work)
     lower = caught.value.__notes__[1]
-    assert lower.startswith("rank 1 ran out of memory on cuda:0 when it asked for 1048576.00 GiB. To lower")
+    assert lower.startswith("rank 1 ran out of memory on cuda:0 when it asked for 1,048,576.00 GiB. To lower")

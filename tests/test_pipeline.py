@@ -259,7 +259,7 @@ def test_buffers_are_those_of_serial_training_in_as_many_parts() -> None:
 
 
 def normalised() -> nn.Sequential:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.BatchNorm1d(5)).double()
 
@@ -468,7 +468,7 @@ def test_recomputation_computes_each_forward_twice() -> None:
             calls[threading.current_thread().name] += 1
             return super().forward(x)
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(Counting(4, 4), Counting(4, 4)).double()
     run_steps(2, model, (1,), "1f1b", 3, data=(numbers_to_classes(),))
     assert calls == {"mplab-rank0": 3, "mplab-rank1": 3}

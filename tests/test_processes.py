@@ -5,6 +5,7 @@ A launch starts its processes once, and they go through many scenarios (tests/pr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ TWO = [
     "in_buckets",
     "in_shards",
     "in_two_runs",
+    "tensor",
+    "tensor_sequence",
+    *(["tensor_llama"] if importlib.util.find_spec("transformers") else []),
 ]
 FAULTS = [name for name in process_ranks.FAULTS if name not in ("cycle_of_groups", "hanging", "killed")]
 FOUR = [
@@ -54,6 +58,10 @@ FOUR = [
     "data_parallel",
     "in_buckets",
     "in_shards",
+    "tensor",
+    "tensor_sequence",
+    "hybrid",
+    "parallelized",
     "cycle_of_groups",
     "cycle",
     "early",
@@ -73,6 +81,7 @@ class Launch:
     """
 
     backend = "gloo"
+    gpus: Mapping[str, str] = {"CUDA_VISIBLE_DEVICES": ""}  # a machine may have fewer than there are processes
 
     def __init__(self, num_ranks: int, folder: Path, *scenarios: str) -> None:
         self.folder, self.num_ranks = folder, num_ranks
@@ -84,6 +93,7 @@ class Launch:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": PYTHONPATH,
+            **self.gpus,
         }
         command = [
             sys.executable,
@@ -131,17 +141,25 @@ class Launch:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    with Launch(2, tmp_path_factory.mktemp("two"), *TWO, *FAULTS, "killed") as launch:
-        assert launch.wait() == [0, -signal.SIGKILL], launch.errors()
-        yield launch
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Launch]]:
+    """Both at a time: they wait a lot, for faults to be noticed."""
+    with (
+        Launch(4, tmp_path_factory.mktemp("four"), *FOUR, "killed") as four,
+        Launch(2, tmp_path_factory.mktemp("two"), *TWO, *FAULTS, "killed") as two,
+    ):
+        yield {2: two, 4: four}
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    with Launch(4, tmp_path_factory.mktemp("four"), *FOUR, "killed") as launch:
-        assert launch.wait() == [0, -signal.SIGKILL, 0, 0], launch.errors()
-        yield launch
+def two(launches: dict[int, Launch]) -> Launch:
+    assert launches[2].wait() == [0, -signal.SIGKILL], launches[2].errors()
+    return launches[2]
+
+
+@pytest.fixture(scope="module")
+def four(launches: dict[int, Launch]) -> Launch:
+    assert launches[4].wait() == [0, -signal.SIGKILL, 0, 0], launches[4].errors()
+    return launches[4]
 
 
 @pytest.fixture(params=["two", "four"])
@@ -225,6 +243,44 @@ def test_a_rank_that_raises_in_a_step_says_in_which_action(two: Launch) -> None:
     waiting, raised = two.said("raising_in_a_step")
     assert raised["notes"] == ["(rank 1 of 2 in forward of micro-batch 0; all other ranks were told to stop)"]
     assert (waiting["kind"], "rank 1 failed with KeyError: 'no such loss'" in waiting["text"]) == ("PeerFailure", True)
+
+
+# --- tensors, and every axis at once ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensors_are_cut_as_by_thread_ranks_to_the_bit(launch: Launch, sequence_parallel: bool) -> None:
+    of_threads = World(launch.num_ranks, "cpu").run(process_ranks.in_tensors, sequence_parallel)
+    assert_alike(launch.said("tensor_sequence" if sequence_parallel else "tensor"), of_threads)
+    names = {message[0] for message in of_threads[0][1]}
+    assert ("reduce_scatter" in names) == sequence_parallel
+    assert len(of_threads[0][0]) > 40
+
+
+def test_a_llama_is_cut_as_by_thread_ranks_to_the_bit(two: Launch) -> None:
+    pytest.importorskip("transformers")
+    of_threads = World(2, "cpu").run(process_ranks.llama_in_tensors, process_ranks.llama())
+    assert_alike(two.said("tensor_llama"), of_threads)
+    assert len(of_threads[0][0]) > 40
+
+
+def test_a_gpt_trains_in_every_axis_as_over_thread_ranks_to_the_bit(four: Launch) -> None:
+    of_threads = World(4, "cpu").run(process_ranks.in_every_axis)
+    assert_alike(four.said("hybrid"), of_threads)
+    for _, messages in four.said("hybrid"):
+        assert {len(message[1]) for message in messages} >= {2, 4}
+    assert len(of_threads[0][0]) > 40
+
+
+def assert_alike(said: list[Any], of_threads: list[Any]) -> None:
+    for got, want in zip(said, of_threads, strict=True):
+        assert got[0] == want[0]
+        assert got[1] == json.loads(json.dumps(want[1]))
+        assert got[0] == said[0][0], "whole, and the same on every rank"
+
+
+def test_one_call_trains_in_every_process(four: Launch) -> None:
+    assert four.said("parallelized") == [process_ranks.by_one_call(World(4, "cpu"))] * 4
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -369,7 +425,7 @@ def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
 
 
@@ -389,7 +445,7 @@ def test_a_script_that_fails_under_torchrun(tmp_path: Path) -> None:
 
 @pytest.fixture
 def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A launch of one process."""
+    """A launch of one process, on the CPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -398,6 +454,7 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(join, "JOIN_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return monkeypatch
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from mplab.errors import MplabError
 from mplab.models import GPT, MLP, GPTConfig
 from mplab.parallel.profile import measuring_ranks, profile_layers
-from mplab.plan.partition import LayerCost
+from mplab.plan.layer_cost import LayerCost
 from mplab.world import World
 from mplab.world.rungs import num_cores
 

@@ -122,7 +122,7 @@ def test_slices_without_a_gpu(machine: Machine) -> None:
         rungs.choose(2, "auto", slices=True)
 
 
-# --- streams of green contexts ---------------------------------------------------------------------------------------
+# --- streams, and those of green contexts ----------------------------------------------------------------------------
 
 
 class FakeContext:
@@ -154,32 +154,37 @@ def current(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeContext]:
         del on[threading.current_thread().name]
 
     monkeypatch.setattr("torch.cuda.green_contexts.GreenContext", FakeContext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeContext.create(num_sms=0, device_id=device.index))
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(state, "_slices", {})
+    monkeypatch.setattr(state, "_streams", {})
     monkeypatch.setattr(FakeContext, "made", [])
     return on
 
 
-def test_every_rank_has_a_stream_of_its_own_and_contexts_are_kept(current: dict[str, FakeContext]) -> None:
+@pytest.mark.parametrize("num_sms", [0, 32])
+def test_every_rank_has_a_stream_of_its_own_and_keeps_it(num_sms: int, current: dict[str, FakeContext]) -> None:
     """Memory that a stream has used goes back to the allocator through that stream, long after the run."""
     gpu, barrier = torch.device("cuda", 0), threading.Barrier(3)
+    had: list[dict[int, FakeContext]] = []
 
-    def rank() -> None:
-        with state._sm_slice(32, gpu):
+    def work(rank: int) -> None:
+        with state._stream(gpu, num_sms, rank):
             barrier.wait()
-            assert len(current) == 3
+            had[-1][rank] = current[threading.current_thread().name]
             barrier.wait()
 
-    for _ in range(3):
-        threads = [threading.Thread(target=rank) for _ in range(3)]
+    for first in range(3):  # which rank begins, and ends
+        had.append({})
+        threads = [threading.Thread(target=work, args=((first + i) % 3,)) for i in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert len(FakeContext.made) == 3
+    assert len(FakeContext.made) == len(set(had[0].values())) == 3
+    assert had[0] == had[1] == had[2]
     assert not current
 
 
 def test_a_share_that_the_driver_refuses(current: dict[str, FakeContext]) -> None:
     with pytest.raises(MplabError, match=r"no share of 128 SMs on cuda:0 \(not that many\): use slices=False"):
-        state._sm_slice(128, torch.device("cuda", 0)).__enter__()
+        state._sm_slice(128, torch.device("cuda", 0))

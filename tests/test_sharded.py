@@ -87,12 +87,12 @@ def seeded(*layers: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Sequent
 
 
 def embedding_and_head(*between: nn.Module) -> nn.Sequential:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         return seeded(nn.Embedding(VOCABULARY, WIDTH), *between, nn.Linear(WIDTH, VOCABULARY))
 
 
 def linear() -> nn.Linear:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         return nn.Linear(WIDTH, WIDTH)
 
 
@@ -126,7 +126,7 @@ def test_a_model_of_hugging_face() -> None:
     transformers = pytest.importorskip("transformers")
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=2, n_head=2, n_positions=8, **off)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = transformers.GPT2LMHeadModel(config).double()
     own_forward: Any = lambda output, targets: cross_entropy(output.logits, targets)  # noqa: E731
@@ -315,7 +315,7 @@ def test_frozen_layers(frozen: tuple[int, ...]) -> None:
 
 def test_inputs_that_ask_for_gradients_get_none() -> None:
     """Theirs would come by frozen weights that are freed by then."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         made = seeded(*(nn.Linear(3, 3) for _ in range(4)))
     made[0].requires_grad_(False)
     generator = torch.Generator().manual_seed(2)
@@ -333,7 +333,7 @@ def test_all_weights_in_the_root_and_a_rank_without_any(depth: int) -> None:
         return seeded(shared, nn.Tanh(), shared)
 
     def tiny() -> nn.Module:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             return seeded(nn.Linear(1, 1), nn.Tanh())
 
     made, width = ((tied, WIDTH), (tiny, 1))[depth]
@@ -443,7 +443,7 @@ def test_autocast() -> None:
 
 def with_buffers(rank: int = 0) -> nn.Module:
     """A batch norm, whose running means are those of a rank's own samples; tied weights."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         made = seeded(nn.Embedding(VOCABULARY, WIDTH), nn.Flatten(0, 1), nn.BatchNorm1d(WIDTH), linear())
         made.append(nn.Linear(WIDTH, VOCABULARY, bias=False).double())
     made[-1].weight = made[0].weight
@@ -516,7 +516,7 @@ def test_a_state_of_another_model_changes_nothing() -> None:
                 sharded.load_full_state_dict(
                     {name.replace("1.down.weight", "other"): value + 1 for name, value in start.items()}
                 )
-            with pytest.raises(MplabError, match=r"0.weight .* \(2, 4\), and in the model \(7, 4\)"):
+            with pytest.raises(MplabError, match=r"0.weight .* \(2, 4\) in this state, and \(7, 4\) in the model"):
                 sharded.load_full_state_dict({name: value[:2] + 1 for name, value in start.items()})
             assert_same(sharded.full_state_dict(), start)
 
@@ -613,7 +613,7 @@ def test_whose_gradients_are_kept(stage: int) -> None:
 
 def test_the_next_unit_is_gathered_while_one_computes() -> None:
     """And reduced while the one below computes."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         made = seeded(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 4))
     unit_of = {p.numel() + p.shape[0]: index for index, p in enumerate(layer.weight for layer in made)}
     order: list[str] = []
@@ -732,7 +732,7 @@ def test_spans() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_reaches_nobody(stage: int, bad: float) -> None:
     """Of the last samples, those of rank 1, in the second step; after it both ranks go on in another run."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         made = seeded(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
     generator = torch.Generator().manual_seed(3)
     data = [(torch.randn(6, 3, generator=generator).double(),) * 2 for _ in range(2)]

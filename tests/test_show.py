@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from ipywidgets import HTML
+from plotly.graph_objects import Bar
 
 from mplab import Link, MplabError, World
 from mplab.comm import algorithms
 from mplab.plan.cost import all_reduce_times_s
 from mplab.show import CollectiveExplorer, Hops, Timing, all_reduce_times, format_bytes, link_fits, time_all_reduce
 from mplab.show.figures import ALGORITHM_LOOKS, LOOKS
+from mplab.show.parts import pressed, run_button
+from mplab.show.redraw import redraw
 from mplab.world.links import fit_link
 
 MAX_FIGURE_BYTES = 60_000
@@ -274,6 +278,42 @@ def test_an_error_is_shown_and_the_explorer_stays_usable(
     assert (explorer.button.disabled, explorer.button.description) == (False, "Run it")
     explorer.button.click()
     assert "really ran" in said(explorer.result)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, ""),
+        (ValueError("no luck"), "ValueError: no luck"),
+        (KeyboardInterrupt(), "Interrupted before it was done: what is drawn is what was there before."),
+    ],
+)
+def test_a_pressed_button_can_be_pressed_again_whatever_happens(error: BaseException | None, message: str) -> None:
+    result, button = HTML(), run_button("Run", "Runs it")
+    with pressed(button, result):
+        assert (button.disabled, button.description) == (True, "Running …")
+        if error is not None:
+            raise error
+    assert (button.disabled, button.description) == (False, "Run")
+    assert said(result) == message
+    with pytest.raises(SystemExit), pressed(button, result):
+        raise SystemExit  # a kernel that shuts down
+    assert not button.disabled
+
+
+def test_a_redraw_sets_what_differs_and_nothing_else() -> None:
+    class Place(dict[str, Any]):
+        def __setitem__(self, name: str, value: Any) -> None:
+            was_set.append(name)
+            super().__setitem__(name, value)
+
+    was_set: list[str] = []
+    bar = Bar(x=[1, 2], text=["a", "b"], marker={"color": "red"})
+    place = Place(x=bar.x, text=bar.text, marker=bar.marker, name=None)
+    redraw(place, {"x": [1, 2], "text": ["a", "c"], "marker": {"color": "red"}, "name": None})
+    assert was_set == ["text"]
+    redraw(place, {"x": [1], "text": ["a", "c"], "marker": {"color": "blue"}, "name": "c"})
+    assert was_set == ["text", "x", "marker", "name"]
 
 
 def test_every_control_has_a_name_and_the_sliders_move_while_dragged(explorer: CollectiveExplorer) -> None:

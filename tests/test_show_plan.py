@@ -28,6 +28,7 @@ from mplab.show.plan_controls import GPT3_NAME, HERE, LAB
 from mplab.show.plan_figure import _LOOKS, MEMORY_PARTS, PARTS, MeasuredParts, plan_figure, redraw_plan
 from mplab.show.plan_run import PlanRun, a_batch, measured_machine, measured_parts, run_plan, sizes_of
 from mplab.show.plan_timeline import layer_times, predicted_step
+from mplab.show.plan_words import run_words
 from mplab.trace import Event, Timeline
 from mplab.world.described import CALIBRATION
 
@@ -210,7 +211,7 @@ def test_bars_stand_end_to_end_and_are_as_long_as_what_they_stand_for() -> None:
         ("  <b>40.0 MB</b>",),
         ("  <b>25.0 ms</b>", "  <b>50.0 ms</b>"),
     ]
-    assert figure.layout.title.text == "25.0 ms a step predicted; 40.0 MB on a rank: fits"
+    assert figure.layout.title.text == "25.0 ms a step; 40.0 MB a rank: fits"
     assert (figure.layout.xaxis.title.text, figure.layout.xaxis2.title.text) == (
         "memory of the rank that holds the most, in MB",
         "one step: time in ms",
@@ -241,7 +242,7 @@ def test_the_memory_of_a_rank_is_a_line_or_far_away(has_bytes: float, at: float 
 
 def test_what_does_not_fit_or_was_not_measured_is_said() -> None:
     figure = plan_figure(replace(PREDICTION, fits=False), CORES.with_ranks(4), None, "not <here>")
-    assert figure.layout.title.text.endswith("on a rank: does not fit")
+    assert figure.layout.title.text.endswith("a rank: does not fit")
     assert figure.data[-1].text[1] == "  not <here>"
     assert "4 ranks share 2 of them: times are not speed-ups made up" in texts(figure)
     said = "100 µs to launch a layer, 20.0 µs to launch a collective, 10.0 µs to launch an update; link 10.0 µs latency"
@@ -339,6 +340,7 @@ def test_every_plan_is_a_mark_with_its_spread() -> None:
     measured = {plan: [0.03 + 0.01 * i, 0.05 + 0.01 * i, 0.04 + 0.01 * i] for i, plan in enumerate(plans[:0:-1])}
     figure = plans_figure(predictions, measured, notes=["4 ranks share 2 cores"])
     marks = {t.name: t for t in figure.data if t.mode == "markers"}
+    rings = {name: (*marks[name].x, *marks.pop(name).y) for name in ("first predicted", "best measured")}
     assert list(marks) == ["pipeline axis alone", "tensor axis alone", "several axes, or none"]
     assert len({t.marker.symbol for t in marks.values()}) == 3
     several = marks["several axes, or none"]
@@ -346,10 +348,9 @@ def test_every_plan_is_a_mark_with_its_spread() -> None:
     assert list(several.y) == pytest.approx([0.05, 0.04])
     assert list(several.error_y.array) == pytest.approx([0.01, 0.01])
     assert list(several.error_y.arrayminus) == pytest.approx([0.01, 0.01])
-    pointed = {a.text: (10**a.x, 10**a.y) for a in figure.layout.annotations if a.showarrow is not False}
-    assert pointed["first predicted"] == pytest.approx((predictions[1].step_s, 0.07)), "of those that were measured"
-    assert pointed["best measured"] == pytest.approx((predictions[4].step_s, 0.04))
-    assert figure.layout.title.text == "4 plans: the one predicted first takes 1.75 times the best"
+    assert rings["first predicted"] == pytest.approx((predictions[1].step_s, 0.07)), "of those that were measured"
+    assert rings["best measured"] == pytest.approx((predictions[4].step_s, 0.04))
+    assert figure.layout.title.text.replace("<br>", " ") == "4 plans: the one predicted first takes 1.75 times the best"
     assert "first predicted: 1 x 1 x 2 ranks (dp x pp x tp): 35.0 ms predicted, 70.0 ms measured" in texts(figure)
     assert "(Spearman): -1.00" in texts(figure)
     assert "4 ranks share 2 cores" in texts(figure)
@@ -362,7 +363,8 @@ def test_every_plan_is_a_mark_with_its_spread() -> None:
 
 def test_one_plan_may_be_both() -> None:
     figure = plans_figure([PREDICTION], {PREDICTION.plan: [0.02]})
-    assert [a.text for a in figure.layout.annotations if a.showarrow is not False] == ["first predicted, best measured"]
+    rings = [t.name for t in figure.data if t.marker.color == "rgba(0, 0, 0, 0)"]
+    assert rings == ["first predicted, best measured"]
     assert "Spearman" not in texts(figure)
     with pytest.raises(MplabError, match="1 predictions and 1 measured plans have no plan in common"):
         plans_figure([PREDICTION], {Plan(tp=2): [0.1]})
@@ -429,6 +431,7 @@ def test_this_machine_is_as_fast_as_its_training(monkeypatch: pytest.MonkeyPatch
     assert asked == [*CALIBRATION]
     assert found.flops_s == pytest.approx(1e9)
     assert (found.launch_s, found.call_s, found.update_launch_s) == pytest.approx((1e-4, 2e-5, 1e-5))
+    assert found.source == "made up, and steps of training"
     measured_machine(replace(CONFIG, num_heads=1), 2)
     assert asked == [plan for plan in CALIBRATION if plan.tp == 1 and plan.num_microbatches < 3], "what can be"
     with pytest.raises(MplabError, match="two different numbers of micro-batches"):
@@ -630,7 +633,8 @@ def test_the_button_trains_and_draws_what_it_measured(make: Callable[..., PlanEx
     assert 'role="status"' in explorer.result.value
     assert torch.equal(torch.get_rng_state(), before)
     assert "not measured yet" in titles
-    assert re.match("Median step: predicted .*, measured ", explorer.timeline_figure.layout.title.text)
+    title = explorer.timeline_figure.layout.title.text.replace("<br>", " ")
+    assert re.match("Median step: predicted .*, measured ", title)
     assert "forward" in {str(t.name).removeprefix("compute: ") for t in explorer.timeline_figure.data}
     measured = [t.x[0] for t in explorer.figure.data if t.type == "bar"][-3:]
     assert min(measured) > 0
@@ -641,12 +645,10 @@ def test_the_button_trains_and_draws_what_it_measured(make: Callable[..., PlanEx
     assert max(t.x[0] for t in explorer.figure.data[-5:-2]) == 0
 
 
-def test_the_words_of_a_run(make: Callable[..., PlanExplorer]) -> None:
-    explorer = make(plan=Plan(dp=2))
-    explorer._prediction = replace(PREDICTION)
+def test_the_words_of_a_run() -> None:
     step = Timeline([Event(0, "compute", "forward", 0, 1)], 2)
     run = PlanRun([5.0, 4.0, 3.0], step, [0.05, 0.1], MEASURED, 2e-7)
-    assert explorer._result_words(run) == (
+    assert run_words(PREDICTION, run) == (
         "3 steps really ran, the first to warm up. Median step: 75.0 ms measured (from 50.0 ms to 100 ms), 25.0 ms "
         "predicted: 3 times as long.\n"
         "Computing 20.0 ms measured, 10.0 ms predicted; messages and waiting 25.0 ms, 10.0 ms predicted; update 5.00 "
@@ -685,7 +687,7 @@ def test_every_control_has_a_name(make: Callable[..., PlanExplorer]) -> None:
 
 def test_figures_are_as_wide_as_the_page_and_there_for_one_that_asks_late(make: Callable[..., PlanExplorer]) -> None:
     explorer = make()
-    explorer.ruler.width_px = 640
+    explorer.box.children[0].width_px = 640
     explorer.controls.zero.value = 1
     assert explorer.figure.layout.width == explorer.timeline_figure.layout.width == 640
     state = explorer.figure.get_state()
@@ -707,6 +709,27 @@ def test_figures_are_as_wide_as_the_page_and_there_for_one_that_asks_late(make: 
 def test_a_start_that_there_is_not(make: Callable[..., PlanExplorer], options: dict[str, Any], message: str) -> None:
     with pytest.raises(MplabError, match=message):
         make(**options)
+
+
+def test_an_interrupted_measurement_says_how_to_do_without(
+    make: Callable[..., PlanExplorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Machine:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mplab.show.plan_explorer.measured_machine", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        make(machine=None)
+    assert "PlanExplorer(machine=...)" in caught.value.__notes__[0]
+
+
+def test_a_move_waits_for_no_new_figure(make: Callable[..., PlanExplorer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plotly checks each of its parts and copies its template: two thirds of what a move took."""
+    explorer = make()
+    monkeypatch.setattr("plotly.graph_objects.Figure.__init__", lambda *args, **options: pytest.fail("a new figure"))
+    before = content(explorer.timeline_figure)
+    explorer.controls.num_microbatches.value = 2
+    assert (content(explorer.timeline_figure) != before, said(explorer.result)) == (True, "")
 
 
 def test_every_machine_has_a_first_plan_for_every_model(make: Callable[..., PlanExplorer]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mplab.errors import MplabError
 from mplab.plan.cost import Link
-from mplab.plan.partition import LayerCost
+from mplab.plan.layer_cost import LayerCost
 from mplab.plan.schedule import ORDERS, Action, Schedule, build, interleaved
 from mplab.plan.simulate import activation_bytes, memory_bytes, simulate
 from mplab.trace.event import Event

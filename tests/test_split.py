@@ -308,7 +308,7 @@ def test_the_bar_is_to_scale_and_every_layer_can_be_taken_hold_of() -> None:
 
 def test_the_figures_are_as_wide_as_the_page(make: Callable[..., SplitExplorer]) -> None:
     explorer = make()
-    explorer.bar.width_px = 640
+    explorer.box.children[0].width_px = 640
     explorer.cuts = (2,)
     assert explorer.figure.layout.width == explorer.loss_figure.layout.width == 640
 

@@ -83,7 +83,7 @@ def test_a_llama_on_streams_trains_as_on_one_cpu(sequence_parallel: bool) -> Non
     """By the plan that it carries; its norms compute in float32."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(vocab_size=8, intermediate_size=32, max_position_embeddings=8, **sizes)
         )
@@ -173,7 +173,7 @@ def test_the_loss_of_a_target_that_is_no_class_is_nan(smoothing: float) -> None:
         loss = vocab_parallel_cross_entropy(mine, targets.to(rank.device), rank.comm, **options)
         loss.backward()
         assert mine.grad is not None
-        return float(loss), mine.grad.cpu()
+        return loss.item(), mine.grad.cpu()
 
     whole = logits.clone().requires_grad_()
     want = functional.cross_entropy(whole, targets, label_smoothing=smoothing)

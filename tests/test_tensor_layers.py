@@ -6,21 +6,35 @@ import copy
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from limits import leaves_nothing_behind as leaves_nothing_behind
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from whole_layers import (
+    CPU,
+    KINDS,
+    NUM_IN,
+    NUM_OUT,
+    SHAPE,
+    Conv1D,
+    Seen,
+    close,
+    cut_loss,
+    drawn,
+    follow,
+    joined_part,
+    loss_of,
+    of_one_entry,
+    seeded,
+    three,
+)
 
 from mplab import MplabError, World
-from mplab.comm import Communicator, Handle
-from mplab.models import seed_parameters
+from mplab.comm import Communicator
 from mplab.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from mplab.parallel.cut import Cut, TensorAxis, cuts_of
 from mplab.parallel.dropout import SeededDropout
@@ -28,111 +42,7 @@ from mplab.parallel.tensor_layers import Entry, is_linear, is_transposed, sizes_
 from mplab.plan.traffic import chunk_lengths, direct_traffic
 from mplab.world import Rank
 
-CPU = torch.device("cpu")
-NUM_IN, NUM_OUT = 12, 36  # 1, 2, 3 and 4 ranks divide them; the second also as three joined matrices
-SHAPE = (2, 12, NUM_IN)  # of activations
-
-
-class Conv1D(nn.Module):
-    """As Hugging Face has it: a linear layer whose weight is (in, out)."""
-
-    def __init__(self, num_in: int, num_out: int, bias: bool = True, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_in, num_out, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_out, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-KINDS: dict[str, Callable[..., nn.Module]] = {"Linear": nn.Linear, "Conv1D": Conv1D}
-
-
-def seeded(
-    kind: Callable[..., nn.Module], *sizes: int, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any
-) -> Any:
-    """A layer with weights from `seed`, and nothing drawn from the global generator."""
-    with torch.device("meta"):
-        made = kind(*sizes, dtype=dtype, **options)
-    made.to_empty(device="cpu")
-    seed_parameters(made, seed)
-    return made
-
-
-def drawn(shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def loss_of(y: Tensor) -> Tensor:
-    """Each element with a weight of its own, which depends on where in the whole tensor it is."""
-    return (y.sin() * drawn(y.shape, 9).to(y.dtype)).sum()
-
-
-def cut_loss(y: Tensor, whole: Sequence[int], part: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `part` of a whole tensor adds to its `loss_of`."""
-    return (y.sin() * part(drawn(whole, 9)).to(y.dtype)).sum()
-
-
-def joined_part(x: Tensor, rank: int, n: int, num_parts: int = 1, dim: int = -1) -> Tensor:
-    """A rank's part of each of the matrices that are joined along `dim`."""
-    return torch.cat([matrix.chunk(n, dim)[rank] for matrix in x.chunk(num_parts, dim)], dim)
-
-
-class Seen(NamedTuple):
-    output: Tensor
-    input_gradient: Tensor | None
-    gradients: dict[str, Tensor]
-
-
-def follow(layer: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = loss_of) -> Seen:
-    """Forward and backward of a layer, whose gradients are forgotten before."""
-    layer.zero_grad()
-    leaf = x.detach().requires_grad_()
-    y = layer(leaf)
-    loss(y).backward()
-    return Seen(y.detach(), leaf.grad, {name: p.grad for name, p in layer.named_parameters() if p.grad is not None})
-
-
-def close(got: Any, want: Any, tolerance: float = 1e-11) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
 # --- cuts ------------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60)
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 1))
-def test_the_parts_of_a_cut_are_the_whole(n: int, num_parts: int, width: int, other: int, dim: int) -> None:
-    shape = [other, other]
-    shape[dim] = n * num_parts * width
-    whole = drawn(shape)
-    parts = [Cut(dim, num_parts).part(whole, rank, n) for rank in range(n)]
-    for rank, part in enumerate(parts):
-        assert torch.equal(part, joined_part(whole, rank, n, num_parts, dim))
-        assert part.is_contiguous()
-        assert part.untyped_storage().nbytes() == part.nbytes
-        assert part.data_ptr() != whole.data_ptr()
-
-    def work(rank: Rank) -> None:
-        cut = Cut(dim, num_parts)
-        assert torch.equal(cut.merge(parts[rank.index], rank.comm), whole)
-        mine = cut.distribute(whole if rank.index == 0 else torch.zeros_like(whole), rank.comm)
-        assert torch.equal(mine, parts[rank.index])
-        assert mine.is_contiguous()
-
-    world = World(n, "cpu")
-    world.run(work)
-    for rank, ledger in enumerate(world.ledgers):
-        part_bytes = whole.nbytes // n
-        want = [direct_traffic(op, rank, [part_bytes] * n, 0) for op in ("all_gather", "scatter")]
-        assert [(m.op, m.sent_bytes, m.received_bytes) for m in ledger.messages] == [
-            (op, t.sent_bytes, t.received_bytes) for op, t in zip(("all_gather", "scatter"), want, strict=True)
-        ]
-
-
-def test_a_vector_is_cut_too() -> None:
-    assert Cut(0, 3).part(torch.arange(12), 1, 2).tolist() == [2, 3, 6, 7, 10, 11]
-    assert Cut().part(torch.arange(12), 2, 3).tolist() == [8, 9, 10, 11]
 
 
 def test_which_parameters_are_cut_and_how() -> None:
@@ -442,7 +352,10 @@ def test_under_autocast(overlap: bool) -> None:
     want = of(whole)
 
     def work(rank: Rank) -> Seen:
-        return of(cut_pair(whole, rank.comm, overlap=overlap))
+        pair = cut_pair(whole, rank.comm, overlap=overlap)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert pair.up(x).dtype == torch.bfloat16
+        return of(pair)
 
     for rank, got in enumerate(World(2, "cpu").run(work)):
         assert {grad.dtype for grad in got.gradients.values()} == {torch.float32}
@@ -512,15 +425,6 @@ def test_without_gradients(sequence_parallel: bool, overlap: bool) -> None:
 
 
 # --- where an activation enters --------------------------------------------------------------------------------------
-
-
-def three(entry: Entry, whole: Sequence[nn.Module]) -> list[ColumnParallelLinear]:
-    return [ColumnParallelLinear(layer, entry.axis, entry=entry) for layer in whole]
-
-
-def of_one_entry(seed: int = 0) -> list[nn.Module]:
-    """Query, key and value, of grouped heads."""
-    return [seeded(nn.Linear, NUM_IN, size, seed=seed + i) for i, size in enumerate((12, 24, 12))]
 
 
 ENTRIES = [(False, False), (False, True), (True, False), (True, True)]
@@ -664,101 +568,6 @@ def test_an_entry_keeps_no_activation(overlap: bool) -> None:
         assert [ref() for ref in kept] == [None, None]
 
     World(1, "cpu").run(work)
-
-
-# --- the order of events with overlap --------------------------------------------------------------------------------
-
-
-class Watched:
-    """A rank's communicator that writes down what it starts and when it is waited for."""
-
-    def __init__(self, comm: Communicator, events: list[str]) -> None:
-        self._comm, self._events = comm, events
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._comm, name)
-        if name in ("all_reduce", "reduce_scatter"):
-            return lambda *args, **options: (self._events.append(name), found(*args, **options))[1]
-        if name not in ("iall_reduce", "ireduce_scatter"):
-            return found
-
-        def start(*args: Any, **options: Any) -> Handle[Tensor]:
-            self._events.append(f"start {name}")
-            handle = found(*args, **options)
-
-            def finish() -> Tensor:
-                self._events.append("wait")
-                return handle.wait()
-
-            return Handle(finish)
-
-        return start
-
-
-class Products(TorchDispatchMode):
-    """Writes down the shape of each product of matrices, those of backward too."""
-
-    def __init__(self, events: list[str]) -> None:
-        super().__init__()
-        self.events = events
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.default:
-            self.events.append(f"product {tuple(result.shape)}")
-        return result
-
-
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_of_the_input_is_on_its_way_before_those_of_the_weights_are_computed(
-    kind: str, sequence_parallel: bool
-) -> None:
-    """And it is waited for when they are there. Weights (6, 12), (12, 12) and (6, 12), an input (8, 12)."""
-    x = drawn((2, 4, NUM_IN))
-    whole = [seeded(KINDS[kind], NUM_IN, size) for size in (12, 24, 12)]
-
-    def work(rank: Rank) -> list[str]:
-        events: list[str] = []
-        entry = Entry(TensorAxis(Watched(rank.comm, events)), sequence_parallel, overlap=True)  # type: ignore[arg-type]
-        layers = three(entry, whole)
-        for number, layer in enumerate(layers):
-            layer.weight.register_hook(lambda grad, number=number: events.append(f"weight {number}"))
-        mine = (x.chunk(2, 1)[rank.index] if sequence_parallel else x).clone().requires_grad_()
-        mine.register_hook(lambda grad: events.append("input"))
-        entered = entry(mine)
-        loss = torch.stack([layer(entered).sin().sum() for layer in layers]).sum()
-        for _ in range(2):
-            events.append("backward")
-            with Products(events):
-                loss.backward(retain_graph=True)
-        return events
-
-    for events in World(2, "cpu").run(work):
-        first, second = " | ".join(events).split("backward | ")[1:]
-        assert first == f"{second} | "
-        steps = second.split(" | ")
-        start, wait = (
-            steps.index(f"start {'ireduce_scatter' if sequence_parallel else 'iall_reduce'}"),
-            steps.index("wait"),
-        )
-        assert steps[:start] == ["product (8, 12)"] * 3
-        sizes = [(12, size) if kind == "Conv1D" else (size, 12) for size in (6, 12, 6)]
-        between = [[f"product {size}", f"weight {number}"] for number, size in enumerate(sizes)]
-        assert sorted(steps[start + 1 : wait]) == sorted(itertools.chain(*between))
-        assert steps[wait:] == ["wait", "input"]
-
-
-def test_without_overlap_nothing_is_started() -> None:
-    def work(rank: Rank) -> list[str]:
-        events: list[str] = []
-        entry = Entry(TensorAxis(Watched(rank.comm, events)))  # type: ignore[arg-type]
-        layers = three(entry, of_one_entry())
-        entered = entry(drawn((2, 4, NUM_IN)).requires_grad_())
-        torch.stack([layer(entered).sin().sum() for layer in layers]).sum().backward()
-        return events
-
-    assert World(2, "cpu").run(work) == [["all_reduce"]] * 2
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -1006,70 +815,3 @@ def test_frozen_embeddings_stay_frozen() -> None:
         return layer.weight.requires_grad or layer(torch.arange(12)).requires_grad
 
     assert World(2, "cpu").run(work) == [False, False]
-
-
-# --- dropout ---------------------------------------------------------------------------------------------------------
-
-
-def dropout(p: float, seed: int = 0) -> SeededDropout:
-    return SeededDropout(p, seed, CPU)
-
-
-def test_the_same_seed_drops_the_same_and_another_one_does_not() -> None:
-    x = torch.ones(100)
-    first, second, other = dropout(0.5), dropout(0.5), dropout(0.5, 1)
-    drawn_each_time = [first(x) for _ in range(3)]
-    for y in drawn_each_time:
-        assert torch.equal(y, second(x))
-        assert not torch.equal(y, other(x))
-    assert not torch.equal(drawn_each_time[0], drawn_each_time[1]), "a new mask each time"
-
-
-def test_ranks_of_one_process_drop_the_same() -> None:
-    """Which they would not with the generator that their threads share."""
-
-    def work(rank: Rank) -> Tensor:
-        layer = dropout(0.5, 7)
-        for _ in range(rank.index):
-            rank.comm.barrier()
-        made = torch.stack([layer(torch.ones(50)) for _ in range(4)])
-        for _ in range(3 - rank.index):
-            rank.comm.barrier()
-        return made
-
-    masks = World(4, "cpu").run(work)
-    assert all(torch.equal(mask, masks[0]) for mask in masks)
-
-
-def test_without_training_or_at_rate_0_it_does_nothing() -> None:
-    x = torch.randn(9, generator=torch.Generator().manual_seed(0))
-    assert dropout(0.5).eval()(x) is x
-    assert dropout(0.0)(x) is x
-    first, second = dropout(0.5), dropout(0.5)
-    first.eval()(x)
-    assert torch.equal(first.train()(x), second(x)), "and draws nothing"
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_share_that_is_dropped_and_the_mean_that_is_kept(p: float, dtype: torch.dtype) -> None:
-    x = torch.full((20000,), 3.0, dtype=dtype, requires_grad=True)
-    y = dropout(p)(x)
-    assert y.dtype == dtype
-    dropped = y == 0
-    assert dropped.double().mean().item() == pytest.approx(p, abs=0.02)
-    close(y[~dropped], torch.full_like(y[~dropped], 3 / (1 - p)), 1e-2 if dtype == torch.bfloat16 else 1e-6)
-    assert y.double().mean().item() == pytest.approx(3, abs=0.2)
-    y.sum().backward()
-    assert torch.equal(x.grad == 0, dropped), "the gradient has the same mask"
-    close(x.grad * 3, y.detach(), 1e-2)
-    assert bool((x == 3).all())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_where_all_is_dropped_there_are_zeros(dtype: torch.dtype) -> None:
-    x = torch.tensor([1.0, -2.0, 1e4], dtype=dtype, requires_grad=True)
-    y = dropout(1.0)(x)
-    y.sum().backward()
-    assert torch.equal(y, torch.zeros_like(x))
-    assert torch.equal(x.grad, torch.zeros_like(x))

@@ -36,7 +36,7 @@ def gpt(**options: Any) -> GPT:
 
 def hugging_face(name: str, **options: Any) -> nn.Module:
     kind = getattr(pytest.importorskip("transformers"), name)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model: nn.Module = kind(kind.config_class(**{**SIZES, **options}))
     return model
 

@@ -46,7 +46,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def of_heads(frozen: str = "") -> OfHeads:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = OfHeads()
     if frozen:
         getattr(model, frozen).requires_grad_(False)

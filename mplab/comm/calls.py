@@ -63,6 +63,7 @@ class Caller:
 
     def __init__(self, rank: int, ranks: tuple[int, ...], device: torch.device) -> None:
         self.rank, self.ranks, self.size, self.device = rank, ranks, len(ranks), device
+        self._known: dict[tuple[str, str, torch.Size, torch.dtype], Call] = {}
 
     # -- checks, before any message -----------------------------------------------------------------------------------
 
@@ -114,11 +115,15 @@ class Caller:
     # -- what is called -----------------------------------------------------------------------------------------------
 
     def _reduction_call(self, name: str, x: Tensor, op: str) -> Call:
+        said = self._known.get((name, op, x.shape, x.dtype)) if isinstance(x, Tensor) else None
+        if said is not None and x.device == self.device and x.layout is torch.strided and x.is_contiguous():
+            return said  # training repeats its calls
         self._check_tensor(x, name)
         check_op(op, x.dtype)
         if name.endswith("_") and _is_expanded(x):
             raise MplabError(f"{name} into an expanded tensor, whose elements share memory: give it x.clone()")
-        return Call(name, op, None, None, tuple(x.shape), x.dtype)
+        said = self._known[name, op, x.shape, x.dtype] = Call(name, op, None, None, tuple(x.shape), x.dtype)
+        return said
 
     def _coalesced_call(self, name: str, xs: Sequence[Tensor], op: str) -> Call:
         if not xs:
@@ -159,4 +164,6 @@ class Caller:
 
 def _is_expanded(x: Tensor) -> bool:
     """Whether elements of it share memory; an empty tensor has none, whatever its strides."""
+    if x.is_contiguous():
+        return False
     return any(step == 0 and n > 1 for n, step in zip(x.shape, x.stride(), strict=True)) and x.numel() > 0

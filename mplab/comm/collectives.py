@@ -2,7 +2,7 @@
 here.
 
 An item is (tensor, target): what a rank gives (None where it gives nothing), and where its result goes (None: a new
-tensor).
+tensor). Both are contiguous.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ def results_of_all(
     if not call.name.startswith("all_reduce"):
         results = [_result(call, items, r, memory) for r in range(len(items))]
         return [
-            x if x.numel() == 0 or d == x.device else memory.handover(x, d)
-            for x, d in zip(results, devices, strict=True)
+            x if x is _EMPTY or d == x.device else memory.handover(x, d) for x, d in zip(results, devices, strict=True)
         ]
     tensors = [memory.local(_given(item)) for item in items]
     if call.name == "all_reduce":
@@ -44,9 +43,7 @@ def results_of_all(
         rest = [memory.handover(total, device) for device in devices[1:]]
         return [total if total.device == devices[0] else memory.handover(total, devices[0]), *rest]
     targets = [_target(item) for item in items]
-    total = targets[0]
-    if not total.is_contiguous() or total.device != tensors[0].device:
-        total = torch.empty_like(tensors[0])
+    total = targets[0] if targets[0].device == tensors[0].device else torch.empty_like(tensors[0])
     reduce_in_order(call.op or "", tensors, total)
     for target in targets:
         if target is not total:
@@ -70,22 +67,12 @@ def result_of_one(call: Call, items: Sequence[Item], rank: int, memory: HostMemo
     )
     for low in range(end - lengths[rank], end, step):
         block = slice(low, min(low + step, end))
-        out = targets[rank].view(-1)[block] if targets[rank].is_contiguous() else torch.empty_like(flats[rank][block])
+        out = targets[rank].view(-1)[block]
         reduce_in_order(call.op or "", [memory.local(flat[block]) for flat in flats], out)
-        for target in targets:
-            _write(target, block, out)
+        for r, target in enumerate(targets):
+            if r != rank:
+                target.view(-1)[block].copy_(out)
     return targets[rank]
-
-
-def _write(target: Tensor, block: slice, values: Tensor) -> None:
-    """Put values at consecutive places of a tensor, counted in its logical order."""
-    if target.is_contiguous():
-        place = target.view(-1)[block]
-        if place.data_ptr() != values.data_ptr():
-            place.copy_(values)
-    else:
-        places = torch.arange(block.start, block.stop, device=target.device)
-        target[torch.unravel_index(places, target.shape)] = values.to(target.device)
 
 
 def _result(call: Call, items: Sequence[Item], rank: int, memory: HostMemory) -> Tensor:
@@ -105,7 +92,9 @@ def _result(call: Call, items: Sequence[Item], rank: int, memory: HostMemory) ->
             out = _target(items[rank])
             for r, chunk in enumerate(out.tensor_split(num_ranks)):
                 if r != rank:
-                    chunk.copy_(_given(items[r]).tensor_split(num_ranks)[r])
+                    x = _given(items[r]).tensor_split(num_ranks)[r]
+                    # From one peer's GPU to another's only by way of this rank's, whose stream the event is of.
+                    chunk.copy_(x if out.device == memory.device else memory.local(x))
             return out
         case "all_gather" | "gather":
             assert call.dim is not None

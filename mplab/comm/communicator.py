@@ -323,5 +323,6 @@ class Communicator(Caller, abc.ABC):
         self.trace.add("wait", name, mark, met if on_the_way is None else now)
         start, end = on_the_way or (met, now)
         self.trace.add("message", name, start, end, traffic.sent_bytes)
-        size = (traffic.num_sent, traffic.sent_bytes, traffic.received_bytes)
-        self.ledger.add(Message(name, self.ranks, self._others, *size, begin_ns, time.perf_counter_ns()))
+        num_sent, sent_bytes, _, received_bytes = traffic
+        end_ns = time.perf_counter_ns()
+        self.ledger.add(Message(name, self.ranks, self._others, num_sent, sent_bytes, received_bytes, begin_ns, end_ns))

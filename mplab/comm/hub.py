@@ -212,10 +212,18 @@ class Hub:
         with self.lock:
             if meeting.is_complete:
                 return
-            if self.failure is not None:
-                self.stop(rank, what)
-            self.waits[rank] = Wait(meeting, what, group, None, time.perf_counter_ns())
-            meeting.waiting.append(rank)
+            self.begin_wait(rank, meeting, what, group)
+        self.end_wait(rank, what)
+
+    def begin_wait(self, rank: int, meeting: Meeting, what: object, group: tuple[int, ...]) -> None:
+        """Write down that a rank waits; the caller holds the lock, and `end_wait` follows without it."""
+        if self.failure is not None:
+            self.stop(rank, what)
+        self.waits[rank] = Wait(meeting, what, group, None, time.perf_counter_ns())
+        meeting.waiting.append(rank)
+
+    def end_wait(self, rank: int, what: object) -> None:
+        """Wait until woken."""
         self._wake[rank].acquire()
         if self.waits[rank] is not None:
             self.stop(rank, what)

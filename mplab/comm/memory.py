@@ -30,6 +30,7 @@ class HostMemory:
     """CPU tensors: what another thread wrote can be read at once."""
 
     device = torch.device("cpu")
+    is_host = True  # what is written is there at once, and times are the host's
 
     def publish(self) -> Any:
         """A mark after everything that this rank has computed so far; None: it is there already."""
@@ -57,6 +58,8 @@ class CudaMemory(HostMemory):
     Args:
         device: this rank's GPU.
     """
+
+    is_host = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from mplab.comm.wire import FRAME_BYTES, Deliver, Lose, Wire, opened
+from mplab.comm.wire import Deliver, Lose, Wire, opened
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -129,7 +129,7 @@ class MpiWire(Wire):
             if message is None:
                 return False
             num_bytes = status.Get_count(MPI.BYTE)
-            memory = self._room(max(num_bytes, FRAME_BYTES), bool(status.Get_tag()))
+            memory = self._room(num_bytes, bool(status.Get_tag()))
             request = message.Irecv(memory.numpy()[:num_bytes])
         self._coming.append(_Coming(request, status.Get_source(), memory, time.perf_counter_ns()))
         return True

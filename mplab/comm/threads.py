@@ -8,11 +8,9 @@ what another still reads.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +22,8 @@ from mplab.comm.communicator import Communicator, Handle
 from mplab.comm.hub import Hub, Meeting
 from mplab.comm.ledger import Ledger, Message
 from mplab.comm.link import sleep_until
+from mplab.comm.meetings import Meetings
 from mplab.comm.memory import CudaMemory, HostMemory, new_like
-from mplab.errors import CollectiveMismatch
 from mplab.plan.cost import Link
 from mplab.plan.traffic import Traffic, direct_traffic
 from mplab.trace.recorder import Mark, Recorder
@@ -60,10 +58,7 @@ class ThreadCommunicator(Communicator):
         self._hub, self._link, self._rendezvous = hub, link, rendezvous
         self._me = ranks[rank]
         self._memory = CudaMemory(device) if device.type == "cuda" else HostMemory()
-        self._is_host = device.type != "cuda"
-        # The same ranks in another order are a mistake to be found, so their collectives are counted together.
-        self._meetings = hub.meetings(tuple(sorted(ranks)))
-        self._numbers = itertools.count(1)
+        self._meetings = Meetings(rank, ranks, hub, self._memory)
         self._devices = [hub.devices[r] for r in ranks]
         self._link_free_ns = 0
         self._traffic: dict[Call, list[Traffic]] = {}
@@ -85,9 +80,8 @@ class ThreadCommunicator(Communicator):
                 self._link,
                 self._rendezvous,
             )
+            group._meetings.count_with([other._meetings for other in self._groups.values()])
             group._groups = self._groups
-            alike = [c for c in self._groups.values() if c._meetings is group._meetings]
-            group._numbers = alike[0]._numbers
         return self._groups[members]
 
     # -- one rank to another ------------------------------------------------------------------------------------------
@@ -137,121 +131,74 @@ class ThreadCommunicator(Communicator):
         self.ledger.add(Message("recv", self.ranks, (peer,), 0, 0, size, begin, time.perf_counter_ns()))
         return received
 
-    # -- meetings -----------------------------------------------------------------------------------------------------
+    # -- all ranks of the group ---------------------------------------------------------------------------------------
 
     def _check_running(self, what: object) -> None:
         if self._hub.failure is not None:
             self._hub.stop(self._me, what)
 
-    def _come(self, key: Hashable, call: Call, item: Any) -> tuple[Meeting, bool]:
-        """Bring an item to a meeting, without waiting; also tells whether this rank was the last to come."""
-        event, hub, meetings = self._memory.publish(), self._hub, self._meetings
-        with hub.lock:
-            meeting = meetings.get(key)
-            if meeting is None:
-                meeting = meetings[key] = Meeting(call, self.ranks, key)
-            meeting.calls[self._me] = call
-            if meeting.call != call or meeting.group != self.ranks:
-                self._check_call(key, call, meeting)
-            meeting.items[self.rank], meeting.events[self.rank] = item, event
-            meeting.num_missing -= 1
-            if meeting.num_missing:
-                return meeting, False
-            del meetings[key]
-            meeting.latest_ns = time.perf_counter_ns()
-        return meeting, True
-
-    def _check_call(self, key: Hashable, call: Call, meeting: Meeting) -> None:
-        if call.agrees(meeting.call) and meeting.group == self.ranks:
-            meeting.call = meeting.call.with_shape_of(call)
-            return
-        # The lock is held: whoever is in this collective stays in it, so that its line can be told.
-        lines = [f"collective {key} of group {list(self.ranks)} differs between ranks:"]
-        for rank, called in sorted(meeting.calls.items()):
-            group = "" if rank == self._me or meeting.group == self.ranks else f" of group {list(meeting.group)}"
-            lines.append(f"  rank {rank} called {called}{group} at {self._hub.line_of(rank)}")
-        error = CollectiveMismatch("\n".join(lines))
-        if self._hub.fail(error, self._me):
-            raise error
-        self._hub.stop(self._me, call)
-
-    def _observe(self, meeting: Meeting) -> None:
-        """Make what all others brought readable here."""
-        if self._is_host:
-            return
-        for item, event in zip(meeting.items, meeting.events, strict=True):
-            if event is not None:
-                for x in item if isinstance(item, tuple | list) else (item,):
-                    self._memory.observe(x, event)
-
-    def _meet_again(self, key: Hashable, call: Call) -> None:
-        """Wait until all are done with each other's tensors."""
-        meeting, is_last = self._come(key, call, None)
-        if is_last:
-            self._hub.complete(meeting)
-        self._await(meeting, call)
-        self._observe(meeting)
-
-    def _await(self, meeting: Meeting, call: Call) -> None:
-        if not meeting.is_complete:
-            self._hub.wait(self._me, meeting, call, self.ranks)
-
     def _start(self, call: Call, x: Tensor | None) -> Handle[Tensor]:
         begin_ns = time.perf_counter_ns()
-        meeting = self._bring(call, x)
+        meeting, _ = self._bring(call, x)
         if meeting.last == self.rank and meeting.results is not None:
             self.trace.add("message", call.name, meeting.met, self.trace.now())
-        return Handle(partial(self._finish, call, meeting, begin_ns))
+        return Handle(partial(self._finish, call, meeting, x, begin_ns))
 
     def _run(self, call: Call, x: Tensor | None) -> Tensor:
         begin_ns, mark = time.perf_counter_ns(), self.trace.now()
-        return self._finish(call, self._bring(call, x), begin_ns, mark)
+        meeting, is_last = self._bring(call, x, waits=True)
+        if not is_last:
+            self._hub.end_wait(self._me, call)
+        return self._finish(call, meeting, x, begin_ns, mark)
 
-    def _bring(self, call: Call, x: Tensor | None) -> Meeting:
+    def _bring(self, call: Call, x: Tensor | None, waits: bool = False) -> tuple[Meeting, bool]:
         """Bring a tensor to the next meeting; the last one wakes the others, with their results if they are small."""
         self._check_running(call)
         shared = target = None
         if x is not None:
-            x = x.detach()
+            if x.requires_grad:
+                x = x.detach()
             shared = x.contiguous()
             if call.name in ("all_reduce_", "all_gather_"):
-                target = x
+                target = shared  # of one that is not contiguous a copy, which `_finish` puts back
             elif call.name == "all_reduce" and x.nbytes > collectives.SMALL_BYTES:
                 target = new_like(shared)
-        meeting, is_last = self._come(next(self._numbers), call, (shared, target))
+        meeting, is_last = self._meetings.come(call, (shared, target), waits)
         if is_last:
             is_small = all(item[0] is None or item[0].nbytes <= collectives.SMALL_BYTES for item in meeting.items)
             if is_small:
-                self._observe(meeting)
+                self._meetings.observe(meeting)
                 meeting.met, meeting.last = self.trace.now(), self.rank
                 meeting.results = collectives.results_of_all(meeting.call, meeting.items, self._devices, self._memory)
                 meeting.events = [self._memory.publish()] * self.size
             self._hub.complete(meeting)
-        return meeting
+        return meeting, is_last
 
-    def _finish(self, call: Call, meeting: Meeting, begin_ns: int, mark: Mark = None) -> Tensor:
+    def _finish(self, call: Call, meeting: Meeting, x: Tensor | None, begin_ns: int, mark: Mark = None) -> Tensor:
         is_asynchronous = mark is None
         mark = self.trace.now() if is_asynchronous else mark
-        self._await(meeting, call)
+        self._meetings.wait(meeting, call)
         if meeting.results is not None:
             out: Tensor = meeting.results[self.rank]
             if meeting.events[self.rank] is not None:
                 self._memory.observe(out, meeting.events[self.rank])
             # An asynchronous call may have been over before this rank began to wait.
-            if self._is_host:
+            if self._memory.is_host:
                 met = max(mark, meeting.met)
             elif meeting.last == self.rank and not is_asynchronous:
                 met = meeting.met
             else:
                 met = self.trace.now()
         else:
-            self._observe(meeting)
+            self._meetings.observe(meeting)
             met = self.trace.now()
             out = collectives.result_of_one(meeting.call, meeting.items, self.rank, self._memory)
-            self._meet_again((meeting.number, "done"), call)
-            x, _ = meeting.items[self.rank]
-            if x is not None:  # its memory is this rank's again, though slower ranks have still to read its shape
-                meeting.items[self.rank] = x.to("meta"), None
+            self._meetings.meet_again(meeting, call)
+            given, _ = meeting.items[self.rank]
+            if given is not None:  # its memory is this rank's again, though slower ranks have still to read its shape
+                meeting.items[self.rank] = given.to("meta"), None
+        if x is not None and call.name == "all_reduce_" and not x.is_contiguous():
+            out = x.detach().copy_(out)
         self._end(call, meeting, begin_ns, mark, met, is_asynchronous)
         return out
 
@@ -260,7 +207,7 @@ class ThreadCommunicator(Communicator):
         traffic, on_the_way = self._traffic_of_all(meeting), None
         if self._link is not None:
             on_the_way = self._wait_for_link(meeting, traffic)
-        is_known = self._is_host and is_asynchronous
+        is_known = self._memory.is_host and is_asynchronous
         self._write_down(call.name, traffic[self.rank], begin_ns, mark, met, on_the_way if is_known else None)
 
     def _start_coalesced(self, call: Call, xs: list[Tensor]) -> Handle[None]:
@@ -283,14 +230,14 @@ class ThreadCommunicator(Communicator):
         begin_ns = time.perf_counter_ns()
         # A copy for each receiver, which keeps it: one copy in all, and no second meeting.
         copies = [self._memory.handover(x, self._hub.devices[r]) for x, r in zip(xs, self.ranks, strict=True)]
-        meeting, is_last = self._come(next(self._numbers), call, copies)
+        meeting, is_last = self._meetings.come(call, copies)
         if is_last:
             self._hub.complete(meeting)
         return Handle(partial(self._finish_all_to_all, call, meeting, begin_ns))
 
     def _finish_all_to_all(self, call: Call, meeting: Meeting, begin_ns: int) -> list[Tensor]:
         mark = self.trace.now()
-        self._await(meeting, call)
+        self._meetings.wait(meeting, call)
         received = []
         for copies, event in zip(meeting.items, meeting.events, strict=True):
             received.append(copies[self.rank])
@@ -314,7 +261,7 @@ class ThreadCommunicator(Communicator):
             From when to when the link was busy with it, `perf_counter_ns`.
         """
         assert self._link is not None
-        if not self._is_host:
+        if not self._memory.is_host:
             self._memory.publish().synchronize()
         busiest_s = max(max(self._link.time_s(*t[:2]), self._link.time_s(*t[2:])) for t in traffic)
         start_ns = max(meeting.latest_ns, self._link_free_ns)
@@ -342,11 +289,11 @@ class _CoalescedReduction(Handle[None]):
         shared = [x.contiguous() for x in xs]
         if xs[0].is_complex():
             shared = [x.resolve_conj() for x in shared]
-        self._meeting, is_last = comm._come(next(comm._numbers), call, shared)
+        self._meeting, is_last = comm._meetings.come(call, shared)
         if not is_last:
             return
         if sum(x.nbytes for x in shared) <= collectives.SMALL_BYTES:
-            comm._observe(self._meeting)
+            comm._meetings.observe(self._meeting)
             met = comm.trace.now()
             reduce_share(call.op or "", self._meeting.items, 0, 1, comm._memory)
             self._meeting.results = self._meeting.items
@@ -359,25 +306,25 @@ class _CoalescedReduction(Handle[None]):
         meeting, comm = self._meeting, self._comm
         if self._done is not None or meeting.results is not None or not meeting.is_complete:
             return
-        comm._observe(meeting)
+        comm._meetings.observe(meeting)
         start = comm.trace.now()
         reduce_share(self._call.op or "", meeting.items, comm.rank, comm.size, comm._memory)
         comm.trace.add("message", self._call.name, start, comm.trace.now())
-        self._done, is_last = comm._come((meeting.number, "done"), self._call, None)
+        self._done, is_last = comm._meetings.come_again(meeting, self._call)
         if is_last:
             comm._hub.complete(self._done)
 
     def _end(self) -> None:
         comm, call = self._comm, self._call
         mark = comm.trace.now()
-        comm._await(self._meeting, call)
+        comm._meetings.wait(self._meeting, call)
         self.advance()
         met = comm.trace.now()
         if self._done is None:
-            comm._observe(self._meeting)
+            comm._meetings.observe(self._meeting)
         else:
-            comm._await(self._done, call)
-            comm._observe(self._done)
+            comm._meetings.wait(self._done, call)
+            comm._meetings.observe(self._done)
         for x, shared in zip(self._xs, self._meeting.items[comm.rank], strict=True):
             if x is not shared:
                 x.copy_(shared)

@@ -5,24 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mplab.homework import watched
+from mplab.homework.buckets_cases import SETTINGS, Setting, trained
 from mplab.homework.limited import OWN, borrowed, is_written
 from mplab.homework.report import Complaint, Report, check_all
 from mplab.homework.watched import FINISHES, ITEM_BYTES, Run, Watched, in_words, listed, sent
-from mplab.models import seed_parameters
 from mplab.plan.data import total_traffic
 from mplab.plan.traffic import chunk_lengths, direct_traffic
 from mplab.world.rank import Rank
 
-WIDTHS = ((3, 5), (5, 2), (2, 7), (7, 4))  # of the layers, in the order in which they are used
-ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3))  # where the model has these layers
-BUCKET_BYTES = (64, 128, 1 << 20)  # many buckets, some of one parameter; two or three; one for all
 HOOK = "p.register_post_accumulate_grad_hook(hook)"
 Solution = Callable[[Rank, nn.Module, Tensor, int], None]
 
@@ -48,7 +44,7 @@ def check_bucketed_backward(solution: Solution) -> Report:
     """
     tries: list[_Try] = []
     for setting in SETTINGS:
-        tries.append(_Try(setting, watched.run(setting.num_ranks, setting.main(solution))))
+        tries.append(_Try(setting, watched.run(setting.num_ranks, _main(solution, setting))))
         if not is_written([tries[-1].run]):
             return Report("bucketed_backward", (), is_written=False)
         if watched.is_hopeless(tries[-1].run):
@@ -73,107 +69,6 @@ def check_bucketed_backward(solution: Solution) -> Report:
     return Report("bucketed_backward", tuple(lines))
 
 
-class _Layer(nn.Module):
-    """An `nn.Linear` that draws no numbers from the global random state."""
-
-    def __init__(self, num_inputs: int, num_outputs: int) -> None:
-        super().__init__()
-        self.weight, self.bias = (nn.Parameter(torch.empty(s)) for s in ((num_outputs, num_inputs), (num_outputs,)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(nn.functional.linear(x, self.weight, self.bias))
-
-
-class _Net(nn.Module):
-    """Layers of uneven sizes, of which the second one's weight is frozen.
-
-    Args:
-        order: for each layer of WIDTHS, its place in the model.
-    """
-
-    def __init__(self, order: Sequence[int]) -> None:
-        super().__init__()
-        self.order = order
-        layers = [_Layer(*WIDTHS[order.index(place)]) for place in range(len(order))]
-        self.layers = nn.ModuleList(layers)
-        seed_parameters(self)
-        layers[order[1]].weight.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for place in self.order:
-            x = self.layers[place](x)
-        return x
-
-
-@dataclass(frozen=True)
-class _Setting:
-    num_ranks: int
-    order: tuple[int, ...]
-    bucket_bytes: int
-
-    def __str__(self) -> str:
-        other = ", layers used in another order" * (self.order != ORDERS[0])
-        lengths = listed(self.lengths)
-        return f"{self.num_ranks} ranks, parameters of {lengths} elements{other}, bucket_bytes={self.bucket_bytes}"
-
-    @cached_property
-    def model(self) -> _Net:
-        return _Net(self.order)
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """Elements of the trained parameters."""
-        return [p.numel() for p in _trained(self.model)]
-
-    @cached_property
-    def buckets(self) -> list[list[int]]:
-        """The trained parameters in each bucket, by their place among these."""
-        buckets: list[list[int]] = [[]]
-        for index in reversed(range(len(self.lengths))):
-            if buckets[-1] and sum(self.lengths[i] for i in [*buckets[-1], index]) * ITEM_BYTES > self.bucket_bytes:
-                buckets.append([])
-            buckets[-1].append(index)
-        return buckets
-
-    @cached_property
-    def bucket_lengths(self) -> list[int]:
-        """Elements of each bucket."""
-        return [sum(self.lengths[i] for i in bucket) for bucket in self.buckets]
-
-    @cached_property
-    def shares(self) -> list[list[Tensor]]:
-        """For each rank the gradients of its share of the loss."""
-        found = []
-        for rank in range(self.num_ranks):
-            model = copy.deepcopy(self.model)
-            self.loss(model, rank).backward()
-            found.append([p.grad for p in _trained(model) if p.grad is not None])
-        return found
-
-    def loss(self, model: nn.Module, rank: int) -> Tensor:
-        """A rank's share: the mean over the samples of all ranks is their sum. The shares have 1, 2, ... samples."""
-        inputs = torch.randn(rank + 1, WIDTHS[0][0], generator=torch.Generator().manual_seed(rank))
-        num_samples = self.num_ranks * (self.num_ranks + 1) // 2
-        loss: Tensor = model(inputs).square().sum() / num_samples
-        return loss
-
-    def main(self, solution: Solution) -> Callable[[Rank, Watched], _Result]:
-        """What a rank does."""
-        models = [copy.deepcopy(self.model) for _ in range(self.num_ranks)]
-
-        def main(rank: Rank, seen: Watched) -> _Result:
-            model = models[rank.index]
-            hooks = []
-            for index, p in enumerate(_trained(model)):  # before the solution's own, and so called before them
-                hooks.append(p.register_post_accumulate_grad_hook(seen.hook(index)))
-                hooks.append(p.register_hook(lambda _: None))
-            solution(rank, model, self.loss(model, rank.index), self.bucket_bytes)
-            num_left = sum(len(hook.hooks_dict_ref() or ()) > 1 for hook in hooks)
-            return _Result([p.grad for p in model.parameters()], num_left)
-
-        return main
-
-
 class _Result(NamedTuple):
     """What a rank has after a solution.
 
@@ -188,7 +83,7 @@ class _Result(NamedTuple):
 
 @dataclass(frozen=True)
 class _Try:
-    setting: _Setting
+    setting: Setting
     run: Run
 
     def __str__(self) -> str:
@@ -200,14 +95,21 @@ class _Try:
         return results
 
 
-SETTINGS = [
-    *(_Setting(2, order, size) for order in ORDERS for size in BUCKET_BYTES),
-    *(_Setting(n, ORDERS[place], BUCKET_BYTES[place]) for n in (3, 4) for place in range(2)),
-]
+def _main(solution: Solution, setting: Setting) -> Callable[[Rank, Watched], _Result]:
+    """What a rank of one run does."""
+    models = [copy.deepcopy(setting.model) for _ in range(setting.num_ranks)]
 
+    def main(rank: Rank, seen: Watched) -> _Result:
+        model = models[rank.index]
+        hooks = []
+        for index, p in enumerate(trained(model)):  # before the solution's own, and so called before them
+            hooks.append(p.register_post_accumulate_grad_hook(seen.hook(index)))
+            hooks.append(p.register_hook(lambda _: None))
+        solution(rank, model, setting.loss(model, rank.index), setting.bucket_bytes)
+        num_left = sum(len(hook.hooks_dict_ref() or ()) > 1 for hook in hooks)
+        return _Result([p.grad for p in model.parameters()], num_left)
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+    return main
 
 
 # --- what can be wrong ------------------------------------------------------------------------------------------------
@@ -222,14 +124,14 @@ def _error(one: _Try) -> Complaint | None:
 def _gradients(one: _Try) -> Complaint | None:
     shares = one.setting.shares
     for rank, result in enumerate(one.results):
-        trained = iter(range(len(one.setting.lengths)))
+        of_trained = iter(range(len(one.setting.lengths)))
         for place, (p, got) in enumerate(zip(one.setting.model.parameters(), result.gradients, strict=True)):
             where = f"in p.grad of parameter {place} on rank {rank}"
             if not p.requires_grad:
                 if got is None:
                     continue
                 return Complaint(f"None {where}", "a tensor", "this parameter is frozen: leave its gradient alone")
-            index = next(trained)
+            index = next(of_trained)
             of_ranks = torch.stack([share[index] for share in shares])
             complaint = _wrong_gradient(got, of_ranks, rank, where)
             if complaint is not None:

@@ -18,7 +18,7 @@ from mplab.homework.clip_cases import Case, cases
 from mplab.homework.limited import OWN, Attempt, borrowed, counted, is_written
 from mplab.homework.report import Complaint, Report, check_all
 from mplab.homework.tensor import calls
-from mplab.homework.watched import FINISHES, Run, Step, Watched
+from mplab.homework.watched import FINISHES, Step, Try, Watched
 from mplab.parallel.hybrid import HybridParallel
 from mplab.parallel.sharded import ShardedDataParallel
 from mplab.parallel.sharded_replicas import ShardedReplicas
@@ -102,15 +102,7 @@ class _Log:
     starts: list[Step] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Try:
-    case: Case
-    logs: list[_Log]
-    run: Run
-
-    def __str__(self) -> str:
-        return str(self.case)
-
+class _Try(Try[Case, _Log]):
     def place(self, rank: int) -> tuple[int, int]:
         """(p, t): on the pipeline and the tensor axis."""
         place = self.case.mesh.coordinates(rank)

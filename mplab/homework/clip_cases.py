@@ -120,15 +120,13 @@ class Case:
         def always(*values: float) -> list[Callable[[int, int], float]]:
             return [lambda p, t, value=value: value for value in values]  # type: ignore[misc]
 
-        of_stages = sum(root(w + c) for w, c in zip(whole, parts, strict=True))
         of_tensors = [
             float(x.double().norm())
             for p, t in places
             for x, is_cut in zip(self.gradients[p][t], self.is_cut(p), strict=True)
             if is_cut or t == 0
         ]
-        added = always(sum(self.own_norm(p, t) for p, t in places), of_stages, sum(of_tensors))
-        added += always(root(all_whole) + root(all_cut))
+        added = always(sum(of_tensors), root(all_whole) + root(all_cut))
         added += [lambda p, t: sum(self.own_norm(p, u) for u in range(tp))]
         added += [lambda p, t: sum(self.own_norm(q, t) for q in range(pp))]
         return [
@@ -138,7 +136,7 @@ class Case:
             Slip(
                 "parameters that are whole on every rank of mesh.tp are counted tp times: add up only what is cut, or "
                 "count 1/tp of what is whole",
-                [*always(root(tp * all_whole + all_cut)), lambda p, t: root(tp * whole[p] + parts[p])],
+                always(root(tp * all_whole + all_cut)),
             ),
             Slip(
                 "parameters that are whole are counted less than once: add them after the sum over mesh.tp, or give "
@@ -148,7 +146,7 @@ class Case:
             Slip("these are the whole parameters alone: is_cut has the others", always(root(all_whole))),
             Slip(
                 "replicas have the same gradient: count one of them",
-                always(root(dp) * self.norm, root(dp * (tp * all_whole + all_cut))),
+                always(root(dp) * self.norm),
             ),
             Slip(
                 "is_cut is read the wrong way round: parts add up over mesh.tp, and what is whole is there already",
@@ -158,11 +156,10 @@ class Case:
                 "the parts that the other ranks of mesh.tp have are missing: add up the squares of what is cut",
                 [lambda p, t: root(all_whole + sum(of_stage[t] for of_stage in cut))],
             ),
-            Slip("these are this rank's gradients alone: add up the squares over mesh.tp and mesh.pp", [self.own_norm]),
             Slip("norms don't add up, their squares do: add up squares, and take the root at the end", added),
             Slip(
                 "this is a mean over the ranks, of what adds up",
-                always(*(root((k * all_whole + all_cut) / n) for k in (1, tp) for n in (tp, pp, tp * pp))),
+                always(*(root((k * all_whole + all_cut) / n) for k in (1, tp) for n in (tp, pp))),
             ),
         ]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from mplab.errors import MplabError
-from mplab.homework.limited import ENDS, OWN, ROUNDING, Attempt, attempt, borrowed, error, is_written
+from mplab.homework.limited import ENDS, OWN, ROUNDING, Attempt, TooManySteps, attempt, borrowed, error, is_written
 from mplab.homework.report import Complaint, Report, check_all
 from mplab.plan.balance import best_cuts
 from mplab.plan.partition import by_time, check_cuts
@@ -39,8 +39,8 @@ def check_optimal_cut(solution: CutSolution) -> Report:
     allowed: some fifty times what dynamic programming needs, and too few to try all cuts.
 
     Args:
-        solution: called with a list of times, one a layer, and the number of stages p; returns the first layer of each
-            stage but the first, p - 1 whole numbers. Any optimum passes.
+        solution: called with a list of times, one a layer, and the number of stages p; returns or yields the first
+            layer of each stage but the first, p - 1 whole numbers. Any optimum passes.
 
     Returns:
         A report; nothing that the solution does is raised.
@@ -53,8 +53,10 @@ def check_optimal_cut(solution: CutSolution) -> Report:
         if chain in long and any(other.tried.error for other in short + long):
             break  # what failed on a small chain might take all memory on a long one
         limit = 10_000 + 100 * len(chain.times) ** 2 * chain.num_stages
-        call = partial(solution, chain.given, chain.num_stages)
+        call = partial(_listed, solution, chain)
         chain.tried = attempt(str(chain), call, limit, {best_cuts.__code__: "by_time"})
+        if isinstance(chain.tried.error, TooManySteps):
+            break
     called = [chain.tried for chain in short + long if chain.tried.case]
     if not is_written(called):
         return Report("optimal_cut", (), is_written=False)
@@ -69,6 +71,12 @@ def check_optimal_cut(solution: CutSolution) -> Report:
         check_all("steps on a long chain", [c.tried for c in long if c.tried in called], error(SLOW), "O(n² p)"),
     ]
     return Report("optimal_cut", tuple(lines))
+
+
+def _listed(solution: CutSolution, chain: _Chain) -> Any:
+    """What is yielded as a list; more than one too many need not be seen."""
+    found = solution(chain.given, chain.num_stages)
+    return list(islice(found, chain.num_stages)) if isinstance(found, Iterator) else found
 
 
 class _Chain:

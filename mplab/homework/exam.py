@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -15,6 +13,7 @@ from mplab.comm.calls import Call
 from mplab.comm.communicator import Communicator, Handle
 from mplab.comm.ledger import Ledger
 from mplab.errors import MplabError
+from mplab.homework.limited import outcome_of
 from mplab.trace.recorder import Recorder
 from mplab.world.rank import Rank
 from mplab.world.world import World
@@ -84,13 +83,8 @@ def attempt(
         comm = rank.comm if may_collect else ExamCommunicator(rank.comm, trial.refused, spoil)
         return solution(comm, given[rank.index])
 
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the function runs some fifty times
-            trial.results = world.run(main)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever it raises is a line of the report, SystemExit too
-        trial.error = error
+    results, trial.error = outcome_of(lambda: world.run(main))
+    trial.results = results or []
     trial.ledgers = world.ledgers
     trial.is_input_changed = [not torch.equal(a, b) for a, b in zip(given, trial.inputs, strict=True)]
     trial.is_aliased = [_shares_memory(out, x) for out, x in zip(trial.results, given, strict=False)]

@@ -5,25 +5,37 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import signal
 import sys
 import sysconfig
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from mplab.errors import CommTimeout
 from mplab.homework.report import Complaint
 
 ENDS = "every call ends"
 OWN = "mplab's own is not called"
 ROUNDING = 1e-9
 """Two times are equal where they differ by less than this share: the sum of floats depends on their order."""
+TIMEOUT_S = 10.0  # of a call, or of all ranks together, asleep or not: what passes takes far less
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 LIBRARIES = (str(Path(__file__).parent.parent), *INSTALLED, "<frozen ")
 T = TypeVar("T")
+
+
+class _Tried(Protocol):
+    @property
+    def error(self) -> BaseException | None: ...
+
+
+TriedT = TypeVar("TriedT", bound=_Tried)
 
 
 class TooManySteps(BaseException):
@@ -64,16 +76,72 @@ def attempt(
         answers: code of the library that does the exercise, and its name.
     """
     tried = Attempt(case)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the function runs some hundred times
-            tried.result = counted(tried, call, max_steps, answers or {})
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever it raises is a line of the report, SystemExit too
-        tried.error = error
+    tried.result, tried.error = outcome_of(lambda: counted(tried, call, max_steps, answers or {}, TIMEOUT_S))
     if tried.num_steps > max_steps and not isinstance(tried.error, TooManySteps):
         tried.error = TooManySteps(f"stopped after {max_steps:,} steps, and it caught that")
     return tried
+
+
+def outcome_of(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """What a call of a learner's function returns, or what it raises, SystemExit too; what it prints is not shown.
+
+    Args:
+        call: what calls it; after `TIMEOUT_S` it is stopped, asleep or not, and raises TooManySteps.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), _stopped_after(TIMEOUT_S):  # it runs some hundred times
+            return call(), None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a line of the report
+        return None, error
+
+
+@contextlib.contextmanager
+def _stopped_after(max_s: float) -> Iterator[None]:
+    """Raise TooManySteps in what runs inside, asleep or not: in the main thread, which alone hears signals."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(_: int, frame: FrameType | None) -> None:
+        while frame is not None and frame.f_code is not outcome_of.__code__:
+            if not frame.f_code.co_filename.startswith(LIBRARIES):  # the learner's, and no world that waits for ranks
+                frame.f_trace = trace
+                sys.settrace(trace)  # `counted` takes it away
+            frame = frame.f_back
+        raise TooManySteps(f"stopped after {max_s:g} s")
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        """If it was caught, once more at the next line: in a loop, that is outside of its `try`."""
+        if frame.f_code.co_filename.startswith(LIBRARIES):
+            return None
+        if event == "line":
+            raise TooManySteps(f"stopped after {max_s:g} s, and it caught that")
+        return trace
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    start_s, (rest_s, _) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, max_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if rest_s:
+            signal.setitimer(signal.ITIMER_REAL, max(rest_s - (time.monotonic() - start_s), 1e-3))
+
+
+def until_hopeless(tries: Iterable[TriedT]) -> list[TriedT]:
+    """All of them, or those up to the first that found a stub, or no end: others would only take as long."""
+    made: list[TriedT] = []
+    for tried in tries:
+        made.append(tried)
+        if isinstance(tried.error, NotImplementedError | CommTimeout | TooManySteps):
+            break
+    return made
 
 
 def counted(

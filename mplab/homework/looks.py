@@ -11,6 +11,7 @@ from torch import Tensor
 from mplab.comm.hops import steps
 from mplab.errors import CommTimeout, Deadlock
 from mplab.homework.exam import ITEM_BYTES, Trial
+from mplab.homework.limited import TooManySteps
 from mplab.homework.report import Complaint
 from mplab.plan import cost
 from mplab.plan.traffic import chunk_lengths
@@ -35,7 +36,7 @@ def error(trial: Trial) -> Complaint | None:
         hint = "it works only while someone buffers: begin with handle = comm.isend(...), receive, then handle.wait()"
     elif isinstance(trial.error, Deadlock):
         hint = "nobody sends what is waited for: each message needs a send and a recv, a collective needs every rank"
-    elif isinstance(trial.error, CommTimeout):
+    elif isinstance(trial.error, CommTimeout | TooManySteps):
         hint = "a rank is still computing: look for a loop that doesn't end"
     elif isinstance(trial.error, IndexError | RuntimeError) and trial.length % trial.num_ranks:
         hint = "n need not divide the length, chunks may even be empty: cut with x.tensor_split(n)"

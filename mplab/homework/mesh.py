@@ -44,7 +44,7 @@ def check_mesh_groups(solution: GroupsSolution) -> Report:
     """
     tries: list[_Try] = []
     for mesh in MESHES:
-        tries.append(_Try(mesh, attempt(_said(mesh), partial(solution, *mesh.shape), MAX_STEPS, ANSWERS)))
+        tries.append(_run(solution, mesh))
         if isinstance(tries[-1].attempt.error, TooManySteps):
             break
     attempts = [one.attempt for one in tries]
@@ -88,6 +88,10 @@ class _Try:
         return [_ranks(group) or [] for group in self.attempt.result[axis]]
 
 
+def _run(solution: GroupsSolution, mesh: Mesh) -> _Try:
+    return _Try(mesh, attempt(_said(mesh), lambda: solution(*mesh.shape), MAX_STEPS, ANSWERS))
+
+
 def _ranks(group: Any) -> list[int] | None:
     """A group as a list of whole numbers; None: it is none."""
     items = group.tolist() if isinstance(group, Tensor | np.ndarray) else group
@@ -109,7 +113,9 @@ def _no_groups(one: _Try) -> Complaint | None:
         return Complaint(f"a dict with {', '.join(AXES)}", seen, hint)
     for axis in AXES:
         groups = result[axis]
-        if not isinstance(groups, list | tuple | Tensor | np.ndarray) or any(_ranks(group) is None for group in groups):
+        if isinstance(groups, Tensor | np.ndarray):
+            groups = groups.tolist()
+        if not isinstance(groups, list | tuple) or any(_ranks(group) is None for group in groups):
             return Complaint(f"lists of whole numbers for {axis}", _short(groups), hint)
     return None
 

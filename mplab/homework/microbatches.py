@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from mplab.homework.limited import ENDS, ROUNDING, Attempt, TooManySteps, attempt, error, is_written
 from mplab.homework.report import Complaint, Report, check_all
 from mplab.plan.cost import Link
-from mplab.plan.partition import LayerCost
+from mplab.plan.layer_cost import LayerCost
 from mplab.plan.schedule import build
+from mplab.plan.search import divisors
 from mplab.plan.simulate import simulate
 
 MicrobatchSolution = Callable[[int, int, float, float, Link, int], int]
@@ -45,10 +46,6 @@ def _step_s(setting: _Setting, num_microbatches: int) -> float:
     stage = LayerCost("stage", forward_s, 2 * forward_s, output_bytes=num_samples * setting.num_bytes)
     schedule = build("gpipe", setting.num_ranks, num_microbatches)
     return simulate(schedule, [stage] * setting.num_ranks, setting.link, launch_s=setting.launch_s).makespan_s
-
-
-def _divisors(number: int) -> list[int]:
-    return [m for m in range(1, number + 1) if number % m == 0]
 
 
 def _random_settings() -> list[_Setting]:
@@ -127,7 +124,7 @@ def check_fastest_num_microbatches(solution: MicrobatchSolution) -> Report:
     for name, (settings, _) in SETTINGS.items():
         for setting in settings:
             if not any(isinstance(one.attempt.error, TooManySteps) for some in tried.values() for one in some):
-                tried[name].append(_Try(setting, attempt(str(setting), partial(solution, *setting), MAX_STEPS)))
+                tried[name].append(_run(solution, setting))
     everything = [one for some in tried.values() for one in some]
     attempts = [one.attempt for one in everything]
     if not is_written(attempts):
@@ -154,16 +151,20 @@ class _Try:
         return self.attempt.result
 
 
+def _run(solution: MicrobatchSolution, setting: _Setting) -> _Try:
+    return _Try(setting, attempt(str(setting), lambda: solution(*setting), MAX_STEPS))
+
+
 def _no_divisor(one: _Try) -> Complaint | None:
-    m, divisors = one.num_microbatches, _divisors(one.setting.batch_size)
-    if isinstance(m, int) and not isinstance(m, bool) and m in divisors:
+    m, numbers = one.num_microbatches, divisors(one.setting.batch_size)
+    if isinstance(m, int) and not isinstance(m, bool) and m in numbers:
         return None
     hint = "micro-batches are equally large: return a whole number that divides the batch"
-    return Complaint(f"one of {', '.join(map(str, divisors))}", repr(m), hint)
+    return Complaint(f"one of {', '.join(map(str, numbers))}", repr(m), hint)
 
 
 def _slower(hint: str, one: _Try) -> Complaint | None:
-    times = {m: _step_s(one.setting, m) for m in _divisors(one.setting.batch_size)}
+    times = {m: _step_s(one.setting, m) for m in divisors(one.setting.batch_size)}
     best, m = min(times, key=times.__getitem__), one.num_microbatches
     if times[m] <= times[best] * (1 + ROUNDING):
         return None

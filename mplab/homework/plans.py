@@ -173,7 +173,7 @@ class _Try:
 
 def _run(solution: PlanSolution, setting: _Setting, hint: str) -> _Try:
     predicted: list[Any] = []
-    call = partial(_noting, predicted, partial(solution, *setting))
+    call = partial(_noting, predicted, lambda: solution(*setting))
     return _Try(setting, hint, attempt(str(setting), call, MAX_STEPS, {search.__code__: "search"}), predicted)
 
 

@@ -16,7 +16,7 @@ from mplab.homework import watched
 from mplab.homework.limited import OWN, Attempt, borrowed, counted, is_written
 from mplab.homework.report import Complaint, Report, check_all
 from mplab.homework.tensor_cases import NUM_ROWS, Case, column_case, row_case, vocab_case
-from mplab.homework.watched import FINISHES, ITEM_BYTES, Run, Watched, in_words, listed, sent
+from mplab.homework.watched import FINISHES, ITEM_BYTES, Try, Watched, in_words, listed, sent
 from mplab.parallel import ColumnParallelLinear, RowParallelLinear, vocab_parallel_cross_entropy
 from mplab.plan.traffic import chunk_lengths, direct_traffic
 from mplab.world.rank import Rank
@@ -168,16 +168,7 @@ class _Log:
         return {"forward": self.messages[: self.num_forward], "backward": self.messages[self.num_forward :]}
 
 
-@dataclass(frozen=True)
-class _Try:
-    case: Case
-    logs: list[_Log]
-    run: Run
-
-    def __str__(self) -> str:
-        return str(self.case)
-
-
+_Try = Try[Case, _Log]
 Look = Callable[[_Try], Complaint | None]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from mplab.comm.calls import Call
 from mplab.comm.communicator import Communicator, Handle, T
 from mplab.comm.ledger import Ledger, Message
 from mplab.errors import CollectiveMismatch, CommTimeout, Deadlock
-from mplab.homework.limited import Attempt, TooManySteps, counted
+from mplab.homework.limited import Attempt, TooManySteps, counted, outcome_of
 from mplab.homework.report import Complaint
 from mplab.parallel import DataParallel, naive_data_parallel, parameter_server, scatter_gather
 from mplab.parallel.buckets import Reducer, make_buckets
@@ -33,6 +31,8 @@ FINISHES = "every rank finishes"
 ITEM_BYTES = 4  # float32
 
 
+CaseT = TypeVar("CaseT")
+LogT = TypeVar("LogT")
 Kind = Literal["start", "wait", "gradient"]
 ANSWERS = {
     **{kind.__init__.__code__: kind.__name__ for kind in (DataParallel, Reducer, ShardedDataParallel)},
@@ -89,6 +89,24 @@ class Run(Attempt):
     ranks: list[Watched] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Try(Generic[CaseT, LogT]):
+    """A run of one case, and written as that.
+
+    Args:
+        case: what the solution was given.
+        logs: what each rank did, as the check itself wrote it down.
+        run: what came of it.
+    """
+
+    case: CaseT
+    logs: list[LogT]
+    run: Run
+
+    def __str__(self) -> str:
+        return str(self.case)
+
+
 def run(num_ranks: int, main: Callable[[Rank, Watched], object]) -> Run:
     """Call `main` on every rank, with a `Rank` whose communicator is watched.
 
@@ -106,13 +124,7 @@ def run(num_ranks: int, main: Callable[[Rank, Watched], object]) -> Run:
         given = dataclasses.replace(rank, comm=WatchedCommunicator(rank.comm, seen.steps))
         return counted(counts[rank.index], partial(main, given, seen), MAX_STEPS, ANSWERS, TIMEOUT_S)
 
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the function runs some twenty times
-            tried.result = world.run(on_rank)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as problem:  # whatever it raises is a line of the report, SystemExit too
-        tried.error = problem
+    tried.result, tried.error = outcome_of(lambda: world.run(on_rank))
     tried.ranks = [ranks[rank] for rank in sorted(ranks)]
     tried.borrowed = tuple(dict.fromkeys(name for count in counts for name in count.borrowed))
     return tried

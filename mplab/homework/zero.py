@@ -15,7 +15,7 @@ from mplab.comm.ledger import Message
 from mplab.homework import watched
 from mplab.homework.limited import OWN, borrowed, is_written
 from mplab.homework.report import Complaint, Report, check_all
-from mplab.homework.watched import FINISHES, ITEM_BYTES, Run, Watched, in_words, listed, sent
+from mplab.homework.watched import FINISHES, ITEM_BYTES, Try, Watched, in_words, listed, sent
 from mplab.plan.data import total_traffic
 from mplab.plan.traffic import chunk_lengths, direct_traffic
 from mplab.world.rank import Rank
@@ -207,14 +207,7 @@ def _tensors(x: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from _tensors(vars(x), seen)
 
 
-@dataclass(frozen=True)
-class _Try:
-    setting: _Setting
-    logs: list[_Log]
-    run: Run
-
-    def __str__(self) -> str:
-        return str(self.setting)
+_Try = Try[_Setting, _Log]
 
 
 def _sum(shares: Tensor) -> Tensor:
@@ -225,16 +218,16 @@ def _sum(shares: Tensor) -> Tensor:
 
 
 def _error(one: _Try) -> Complaint | None:
-    if one.setting.frozen >= 0:
+    if one.case.frozen >= 0:
         return watched.error(one.run, "a frozen parameter has no gradient: leave out those without p.requires_grad")
-    if one.setting.length % one.setting.num_ranks:
+    if one.case.length % one.case.num_ranks:
         hint = "n need not divide the length, chunks may even be empty: reduce_scatter cuts as x.tensor_split(n)"
         return watched.error(one.run, hint)
     return watched.error(one.run, "run it on a World of this size and read the traceback; write under torch.no_grad()")
 
 
 def _weights(one: _Try) -> Complaint | None:
-    for step, want in enumerate(one.setting.right):
+    for step, want in enumerate(one.case.right):
         for rank, log in enumerate(one.logs):
             for index, (got, p) in enumerate(zip(log.weights[step], want, strict=True)):
                 if got.shape == p.shape and torch.allclose(got, p, rtol=1e-4, atol=1e-5):
@@ -250,7 +243,7 @@ def _weights(one: _Try) -> Complaint | None:
 
 
 def _why(one: _Try, step: int, log: _Log) -> str:
-    setting, got = one.setting, torch.cat([x.view(-1) for x in log.weights[step]])
+    setting, got = one.case, torch.cat([x.view(-1) for x in log.weights[step]])
 
     def is_like(weights: list[list[Tensor]]) -> bool:
         return torch.allclose(got, torch.cat([x.view(-1) for x in weights[step]]), rtol=1e-4, atol=1e-5)
@@ -292,7 +285,7 @@ def _calls(one: _Try) -> Complaint | None:
 
 def _traffic(one: _Try) -> Complaint | None:
     for rank, log in enumerate(one.logs):
-        blocks = one.setting.chunk_bytes
+        blocks = one.case.chunk_bytes
         want = total_traffic(direct_traffic(name, rank, blocks) for name in ("reduce_scatter", "all_gather"))
         for step, calls in enumerate(log.calls):
             got = sent(calls)
@@ -309,7 +302,7 @@ def _traffic(one: _Try) -> Complaint | None:
 
 
 def _kept(one: _Try) -> Complaint | None:
-    for rank, (log, want) in enumerate(zip(one.logs, one.setting.chunk_bytes, strict=True)):
+    for rank, (log, want) in enumerate(zip(one.logs, one.case.chunk_bytes, strict=True)):
         if log.kept_bytes > want:
             hint = "keep the momentum of this rank's chunk alone; a slice keeps all that it was cut from: clone it"
             return Complaint(f"at most {want} bytes", f"{log.kept_bytes} bytes on rank {rank}", hint)

@@ -10,6 +10,7 @@ in: a bucket that a rank's backward has not filled holds back those after it.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -40,11 +41,11 @@ class Bucket:
 
 
 def make_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[Bucket]:
-    """Buckets of about `bucket_bytes`, the last parameters first: backward computes their gradients first.
+    """Buckets of `bucket_bytes` at most, the last parameters first: backward computes their gradients first.
 
     Args:
         parameters: in the order in which the model has them.
-        bucket_bytes: a bucket is full as soon as it has so many; a larger parameter has a bucket of its own.
+        bucket_bytes: a bucket has no more, unless it is of one parameter; nor parameters of two dtypes.
 
     **Reference**: Li et al., "PyTorch Distributed: Experiences on accelerating data parallel training", VLDB 2020,
     section 3.2.3.
@@ -77,9 +78,10 @@ class Reducer:
         self._sizes: list[tuple[Bucket, Tensor]] = []
         self._side: torch.cuda.Stream | None = None
         if overlap:
-            for bucket in self.buckets[:-1]:
+            for index, bucket in enumerate(self.buckets[:-1]):
+                hook = self._hook(index)
                 for p in bucket.parameters:
-                    p.register_post_accumulate_grad_hook(self._hook(bucket))
+                    p.register_post_accumulate_grad_hook(hook)
 
     @contextmanager
     def starting(self, comm: Communicator, where: str) -> Iterator[None]:
@@ -122,26 +124,33 @@ class Reducer:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
         self._handles.clear()
 
-    def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        # Weakly: the garbage collector does not see what torch's hook holds, and would never free the parameters.
+        reducer = weakref.ref(self)
+
         def ready(p: Tensor) -> None:
-            if self._comm is None:  # gradients that are only added to those of earlier backwards
-                return
-            assert isinstance(p, nn.Parameter)
-            assert p.grad is not None
-            if p in bucket.ready:
-                raise MplabError(
-                    f"{self.names[p]} got a second gradient in one backward, and its first may be on its way already: "
-                    "use overlap=False; of torch.utils.checkpoint take use_reentrant=False"
-                )
-            bucket.ready.add(p)
-            if bucket.is_full:
-                with self._aside(waits=False):
-                    for handle in self._handles:
-                        handle.advance()
-                while self._num_started < len(self.buckets) and self.buckets[self._num_started].is_full:
-                    self._start(self.buckets[self._num_started])
+            me = reducer()
+            if me is not None and me._comm is not None:  # else it is only added to the gradients of earlier backwards
+                me._take(p, me.buckets[index])
 
         return ready
+
+    def _take(self, p: Tensor, bucket: Bucket) -> None:
+        """A gradient is there: start the buckets that are full."""
+        assert isinstance(p, nn.Parameter)
+        assert p.grad is not None
+        if p in bucket.ready:
+            raise MplabError(
+                f"{self.names[p]} got a second gradient in one backward, and its first may be on its way already: "
+                "use overlap=False; of torch.utils.checkpoint take use_reentrant=False"
+            )
+        bucket.ready.add(p)
+        if bucket.is_full:
+            with self._aside(waits=False):
+                for handle in self._handles:
+                    handle.advance()
+            while self._num_started < len(self.buckets) and self.buckets[self._num_started].is_full:
+                self._start(self.buckets[self._num_started])
 
     def _start(self, bucket: Bucket) -> None:
         assert self._comm is not None

@@ -37,7 +37,8 @@ def save(engine: HybridParallel, root: str | Path, position: Mapping[str, Any] |
         CheckpointError: it can't be written, or there is one of this step; those before are as they were.
         MplabError: a position that JSON can't write.
 
-    **Communication**: an all_gather of each parameter and each of its optimizer's tensors that lies on several ranks.
+    **Communication**: an all_gather of each parameter and each of its optimizer's tensors that lies on several ranks;
+    two barriers, and what each rank has to say of its file and its optimizer (all_gather).
     """
     comm, folder, step = engine.comm, Path(root), engine.num_steps
     try:
@@ -79,8 +80,9 @@ def load(engine: HybridParallel, root: str | Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: a file that is missing, cut or changed, another model or optimizer; nothing is loaded then.
+        MplabError: another model, of sizes that the tensor axis does not divide; nothing is loaded then.
 
-    **Communication**: barriers.
+    **Communication**: barriers; with ZeRO 2 and 3 that of `HybridParallel.local_state`.
     """
     comm, tp = engine.comm, engine.axes.tp
     saved = files.Checkpoint(root, (comm.rank, comm.size))

@@ -99,6 +99,9 @@ def commit(root: Path, step: int, shards: Sequence[Mapping[str, Any]], more: Map
 
     Returns:
         The finished checkpoint's folder.
+
+    Raises:
+        CheckpointError: it can't be written.
     """
     folder, final = writing(root, step), root / f"step-{step:08d}"
     manifest = {"format": FORMAT, "step": step, "shards": list(shards), **more}

@@ -46,7 +46,7 @@ class DataParallel:
         model: any module. Each rank copies it, and the model itself is never changed; all copies start with rank 0's
             weights and buffers.
         comm: this rank's communicator.
-        bucket_bytes: gradients are reduced in buckets of about so many bytes.
+        bucket_bytes: gradients are reduced in buckets of so many bytes at most; a larger one has a bucket of its own.
         overlap: reduce a bucket as soon as it is full, while backward goes on (on CUDA on a stream of its own); False:
             all of them after backward.
         loss_fn: outputs and targets -> mean loss over the samples.
@@ -129,7 +129,8 @@ class DataParallel:
             The mean loss over the batch's samples, before the update; the same on every rank.
 
         Raises:
-            MplabError: inputs and targets of different lengths, or batches of different lengths on the ranks.
+            MplabError: inputs and targets of different lengths, no samples, or batches of different lengths on the
+                ranks; inside `no_sync()`.
             NonFiniteGradient: a gradient of this rank has a NaN or an Inf.
 
         **Communication**: one all_reduce_coalesced_ a bucket; one all_reduce_ of 2 + (trained parameters) float64: the

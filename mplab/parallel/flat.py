@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mplab.comm.communicator import Communicator, Handle
-from mplab.errors import MplabError
 from mplab.models import layers, tied_names
 from mplab.models.layer import Layer
+from mplab.parallel.check_state import check_state
 from mplab.plan.traffic import chunk_lengths
 
 
@@ -257,20 +257,10 @@ def split_state(model: nn.Module, flats: Sequence[Flat], state: Mapping[str, Ten
         MplabError: other names or shapes than the model's; nothing has changed then.
     """
     mine = model.state_dict(keep_vars=True)
-    shapes: dict[Tensor, torch.Size] = {
-        p: view.shape for flat in flats for p, view in zip(flat.parameters, flat.views, strict=True)
-    }
-    if mine.keys() != state.keys():
-        missing, unknown = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
-        raise MplabError(
-            f"this state_dict lacks {missing}, and the model has no {unknown}: take the state_dict of the same model"
-        )
-    for key, value in mine.items():
-        if isinstance(value, Tensor) and (shape := shapes.get(value, value.shape)) != state[key].shape:
-            raise MplabError(
-                f"{key} of this state_dict has the shape {tuple(state[key].shape)}, and in the model {tuple(shape)}: "
-                "take the state_dict of a model of the same sizes"
-            )
+    whole: dict[Tensor, Tensor] = {}
+    for flat in flats:
+        whole |= zip(flat.parameters, flat.views, strict=True)
+    check_state(state, {k: whole.get(x, x).shape if isinstance(x, Tensor) else None for k, x in mine.items()})
     for flat in flats:
         if flat.is_sharded:
             flat.allocate()

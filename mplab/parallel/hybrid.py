@@ -17,6 +17,7 @@ from mplab.models import Stage, cross_entropy, layers, tied_names
 from mplab.parallel.agree import check_agreement, check_same_batch
 from mplab.parallel.backward import SplitBackward
 from mplab.parallel.check_plan import check_plan, plan_schedule, stage_cuts
+from mplab.parallel.check_state import check_state
 from mplab.parallel.cut import Cut, cuts_by_name, cuts_of
 from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.pipeline import OptimizerFactory
@@ -179,7 +180,9 @@ class HybridParallel:
     def full_state_dict(self) -> dict[str, Tensor]:
         """The whole model's ordinary `state_dict`, on every rank, as copies; the optimizer's state is not in it.
 
-        **Communication**: an all_gather of each parameter that is cut, a broadcast of all of a stage.
+        **Communication**: tensor axis: an all_gather of each parameter that is cut; pipeline axis: which rank has what
+        (all_gather), and a broadcast of each tensor; data axis: a broadcast of each buffer, and with ZeRO 3 an
+        all_gather_ of the weights.
         """
         if self._sharded is not None:
             return self._sharded.full_state_dict()
@@ -192,7 +195,7 @@ class HybridParallel:
         Raises:
             MplabError: with ZeRO no rank keeps them whole.
 
-        **Communication**: that of `full_state_dict`.
+        **Communication**: that of `full_state_dict` on the tensor and the pipeline axis.
         """
         if self.plan.zero:
             raise MplabError(f"zero={self.plan.zero}: no rank keeps whole gradients; look at them with zero=0")
@@ -224,20 +227,15 @@ class HybridParallel:
         if self._sharded is not None:
             self._sharded.load_full_state_dict(state)
             return
-        if state.keys() != self._rank_of.keys():
-            other = sorted(state.keys() ^ self._rank_of.keys())[:5]
-            raise MplabError(f"the state has not the model's names, which differ in {other}: load its own")
-        for key, shape in self._shapes.items():
-            if state[key].shape != shape:  # of all stages, before this rank changes one
-                raise MplabError(
-                    f"{key} has shape {tuple(state[key].shape)} in the state, and {tuple(shape)} in the model: load "
-                    "the state of a model of the same sizes"
-                )
+        check_state(state, self._shapes)  # all of it, before this rank changes a stage
         for stage in self.stages.values():
             load_full_state_dict(stage, self.axes.tp, {key: state[key] for key in stage.state_dict()})
 
     def local_state(self) -> dict[str, Tensor]:
-        """What this rank has of the whole `state_dict`: its stages, as they are cut over the tensor axis."""
+        """What this rank has of the whole `state_dict`: its stages, as they are cut over the tensor axis.
+
+        **Communication**: none; with ZeRO 2 and 3 that of `ShardedDataParallel.full_state_dict` on the data axis.
+        """
         if self._sharded is not None:
             return self._sharded.local_state()
         return {key: x for stage in self.stages.values() for key, x in stage.state_dict(keep_vars=True).items()}
@@ -281,15 +279,16 @@ class HybridParallel:
 
         Raises:
             MplabError: inputs and targets of different lengths, or fewer samples than replicas and micro-batches need;
-                in the first step, batches that differ between the ranks, or gradients of what the tensor axis has
-                whole.
+                in the first step, batches that differ between the ranks, or (with ZeRO 0 and 1) gradients of what the
+                tensor axis has whole.
             NonFiniteGradient: a gradient of this rank has a NaN or an Inf.
 
-        **Communication**: tensor axis: that of the cut layers, for each micro-batch; pipeline axis: activations and
-        their gradients, tied weights' gradients (all_reduce), the loss (broadcast); data axis: gradients (all_reduce,
-        or with ZeRO reduce_scatter, and all_gather of weights) and a closing all_reduce; over all ranks with `max_norm`
-        an all_reduce of 8 bytes; in the first step an all_gather of 8, and over the tensor axis one of 16 for each
-        parameter that is not cut.
+        **Communication**: tensor axis: that of the cut layers, for each micro-batch, and of gradients that are parts
+        (`sum_gradients`); pipeline axis: activations and their gradients, tied weights' gradients (all_reduce), the
+        loss (broadcast); data axis: gradients (all_reduce, or with ZeRO reduce_scatter, and all_gather of weights) and
+        a closing all_reduce; with `max_norm` an all_reduce of 8 bytes over all ranks, with ZeRO 2 and 3 one on the data
+        and one on the tensor axis; in the first step an all_gather of 8 over all ranks, and with ZeRO 0 and 1 over the
+        tensor axis one of 16 for each parameter that is not cut.
         """
         num_samples, num_parts = check_batch(batch), self.plan.num_microbatches
         if not self.num_steps:

@@ -24,13 +24,27 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
 from mplab.comm.communicator import Communicator
+from mplab.errors import MplabError
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's, which costs nothing where nobody asks for the gradient of a gradient: grad is off then already."""
+    checked = function.once_differentiable(backward)
+
+    @wraps(backward)
+    def either(ctx: Any, *grads: Tensor) -> Any:
+        return checked(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return either
 
 
 def copy_to(x: Tensor, comm: Communicator) -> Tensor:
@@ -50,8 +64,19 @@ def reduce_from(x: Tensor, comm: Communicator) -> Tensor:
 
 
 def reduce_from_(x: Tensor, comm: Communicator) -> Tensor:
-    """`reduce_from` into `x` itself, which is returned: for a result of the caller's own that nobody else has."""
-    return _apply(_ReduceFromInPlace, x, comm)
+    """`reduce_from` into `x` itself, which is returned: for a result of the caller's own that nobody else has.
+
+    Autograd sees none of it: the gradient of the sum is that of the summand.
+
+    Raises:
+        MplabError: a leaf of autograd.
+
+    **Communication**: an all_reduce_ of `x`'s bytes; in backward none.
+    """
+    if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        raise MplabError("reduce_from_ into a leaf that needs its gradient: take reduce_from, which leaves it as it is")
+    comm.all_reduce_(x.detach())  # autograd still counts that x has changed, for whoever has saved it
+    return x
 
 
 def scatter_to(x: Tensor, comm: Communicator, dim: int = -1) -> Tensor:
@@ -119,18 +144,6 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator) -> Tensor:
         return comm.all_reduce(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None
-
-
-class _ReduceFromInPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Communicator) -> Tensor:
-        ctx.mark_dirty(x)
-        return comm.all_reduce_(x)
 
     @staticmethod
     @once_differentiable

@@ -24,7 +24,7 @@ from mplab.parallel.backward import SplitBackward
 from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.layer_state import put_states, receive_state, send_state, take_state
 from mplab.parallel.serial import LossFunction, check_batch
-from mplab.parallel.shares import described
+from mplab.parallel.shares import check_same_rank, described
 from mplab.parallel.tied import TiedWeights
 from mplab.plan.partition import check_cuts, stage_bounds
 from mplab.plan.schedule import Order, Schedule, build
@@ -49,8 +49,8 @@ class PipelineParallel:
         recompute: keep only the input of a stage, and compute its activations again for the backward.
 
     Raises:
-        MplabError: a model that is no chain, cuts or a schedule that do not fit it or the world, or ranks that were
-            given different settings; before any training.
+        MplabError: a model that is no chain, cuts or a schedule that do not fit it or the world, layers that can't be
+            computed once more, or ranks that were given different settings; before any training.
 
     **Communication**: at the start, the settings (all_gather) and tied weights (broadcast).
 
@@ -136,11 +136,7 @@ class PipelineParallel:
         Raises:
             MplabError: it is another rank's.
         """
-        if (comm.rank, comm.size) != (self.comm.rank, self.comm.size):
-            raise MplabError(
-                f"connect to rank {comm.rank} of {comm.size}: these are the stages of rank {self.comm.rank} of "
-                f"{self.comm.size}"
-            )
+        check_same_rank(comm, self.comm)
         self.comm = comm
         self._tie()
 
@@ -156,7 +152,8 @@ class PipelineParallel:
         Raises:
             MplabError: cuts that don't fit the model, or that differ between ranks; nothing has moved then.
 
-        **Communication**: for each layer that changes its rank, all of its state, in one message a tensor.
+        **Communication**: the cuts (all_gather); for each layer that changes its rank a message of names, and all of
+        its state, in one message a tensor.
         """
         cuts = self._check_cuts(cuts)
         check_agreement(self.comm, {"cuts": cuts})

@@ -16,7 +16,8 @@ from mplab.parallel.pipeline import OptimizerFactory, PipelineParallel
 from mplab.parallel.profile import profile_layers
 from mplab.parallel.serial import LossFunction
 from mplab.plan.explain import explain
-from mplab.plan.partition import LayerCost, check_cuts, recomputed_costs, stage_costs
+from mplab.plan.layer_cost import LayerCost, recomputed_costs
+from mplab.plan.partition import check_cuts, stage_costs
 from mplab.plan.schedule import Order, Schedule, build
 from mplab.plan.simulate import simulate
 from mplab.trace.compare import Comparison, median_step, steps

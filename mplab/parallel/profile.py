@@ -21,7 +21,7 @@ from mplab.models import Layer, cross_entropy, layers
 from mplab.parallel.backward import PutOff, SplitBackward
 from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.serial import LossFunction
-from mplab.plan.partition import LayerCost
+from mplab.plan.layer_cost import LayerCost
 from mplab.trace.recorder import Mark, seconds_between
 from mplab.world import Rank, World
 from mplab.world.rungs import num_cores

@@ -19,6 +19,10 @@ LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 def check_batch(batch: Batch, num_microbatches: int = 0) -> int:
     """The number of samples of a batch that can be trained on.
 
+    Args:
+        batch: inputs and targets.
+        num_microbatches: of which each needs a sample; 0: none.
+
     Raises:
         MplabError: inputs and targets of different lengths, or fewer samples than micro-batches.
     """
@@ -91,7 +95,11 @@ class Serial:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """The mean loss over all samples of all batches, with nothing updated; batches may differ in size."""
+        """The mean loss over all samples of all batches, with nothing updated; batches may differ in size.
+
+        Raises:
+            MplabError: inputs and targets of different lengths, or no samples at all.
+        """
         total, num_samples = 0.0, 0
         for batch in batches:
             inputs, targets = self._on_device(batch)

@@ -5,32 +5,28 @@
     stage 2          all       1/n         1/n
     stage 3          1/n       1/n         1/n
 
-In stage 3 weights are there while they are used, and each unit (a layer) is gathered while another computes:
-
-    messages   gather 0 | gather 1  | gather 2  |           | gather 1   | reduce 2, gather 0 | reduce 1   | reduce 0
-    compute             | forward 0 | forward 1 | forward 2 | backward 2 | backward 1         | backward 0 |
+When each unit (a layer) is gathered and reduced is in `mplab.parallel.sharded_passes`.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from mplab.comm.communicator import Communicator, Handle
+from mplab.comm.communicator import Communicator
 from mplab.datasets import Batch, shard
-from mplab.errors import MplabError, NonFiniteGradient
+from mplab.errors import MplabError
 from mplab.models import cross_entropy, layers
 from mplab.parallel.agree import check_agreement
-from mplab.parallel.flat import Flat, Unit, make_units, merged_state, split_state
+from mplab.parallel.flat import make_units, merged_state, split_state
 from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.serial import LossFunction
+from mplab.parallel.sharded_passes import ShardedPasses
 from mplab.parallel.shares import (
-    autocasting,
     broadcast_state,
     check_same_rank,
     check_training,
@@ -50,8 +46,9 @@ class ShardedDataParallel:
       and are reduced once.
     - stage 2: m P of gradients and P of weights. A unit's gradients are reduced as soon as its backward is over, for
       each micro-batch, so that no more than 1/n of them is kept.
-    - stage 3: m P of gradients and up to 2 m P of weights, gathered for each forward and once more for each backward.
-      The last unit stays from forward to backward; those below the first trained one have no backward.
+    - stage 3: m P of gradients, and up to 2 m times all weights, frozen ones too, gathered for each forward and once
+      more for each backward. The last unit stays from forward to backward; those below the first trained one have no
+      backward.
 
     A unit is a layer, with those after it that have no parameters. What several units use (tied weights) makes a unit
     of its own, the root, which is gathered once a step and stays for all of it. Between steps the weights of `model`
@@ -111,15 +108,11 @@ class ShardedDataParallel:
         self.num_steps = 0
         self.model = copy.deepcopy(model).to(comm.device)
         broadcast_state(self.model, comm)
-        self._units, self._root = make_units(self.model, comm, is_sharded=stage == 3)
-        self._flats = [flat for unit in (*self._units, self._root) for flat in unit.flats]
-        self._trained = [flat for unit in (*reversed(self._units), self._root) for flat in unit.trained]
-        self._first = [unit.is_trained for unit in self._units].index(True)  # below it no backward comes
+        units, root = make_units(self.model, comm, is_sharded=stage == 3)
+        self._passes = ShardedPasses(units, root, stage, loss_fn, num_microbatches, autocast)
+        self._flats, self._trained = self._passes.flats, self._passes.trained
         pieces = [piece for flat in self._trained for piece in flat.pieces]
         self.optimizer = optimizer(pieces) if pieces else None
-        self._coming: list[Handle[Tensor]] = []
-        self._reducing: list[tuple[Flat, Handle[Tensor]]] = []
-        self._unit = -1  # whose backward is under way
         self._is_in_step = False
         if stage == 3:
             self.model.register_forward_pre_hook(_refuse_call)
@@ -168,12 +161,13 @@ class ShardedDataParallel:
             The mean loss over the batch's samples, before the update; the same on every rank.
 
         Raises:
-            MplabError: inputs and targets of different lengths, no samples, or batches of different sizes on the ranks.
+            MplabError: inputs and targets of different lengths, no samples, or batches of different sizes on the ranks;
+                in stages 2 and 3 a layer that changes its input in place.
             NonFiniteGradient: this rank's gradient has a NaN or an Inf; no weight has changed then, on any rank.
 
         **Communication**: of each unit its gradients (reduce_scatter) and its weights (all_gather_), as often as the
         stage has it; one all_reduce_ of 2 + number of trained parameters float64: the loss, the batch size, and which
-        parameters were used; with `max_norm` one of 1 float64.
+        parameters were used; with `max_norm` one of 8 bytes.
         """
         return self._step(shard(batch, self.comm), len(batch[0]))
 
@@ -186,21 +180,14 @@ class ShardedDataParallel:
 
     def _step(self, batch: Batch, num_samples: int) -> float:
         """One update on this rank's part of `num_samples`."""
-        self._forget_last_step()
+        for flat in self._trained:
+            flat.forget_gradients()
+        if self._is_in_step:  # it failed, and may have left anything
+            self.model.zero_grad()
+            self._passes.forget()
         self._is_in_step = True
-        if self.stage < 3:
-            losses = self._compute(batch, num_samples)
-        else:
-            try:
-                for flat in self._flats:
-                    flat.show()
-                for handle in self._root.gather(self.comm):
-                    handle.wait()
-                losses = self._compute(batch, num_samples)
-                self._root.free()
-            finally:
-                for flat in self._flats:
-                    flat.hide()
+        where = f"rank {self.comm.rank}, step {self.num_steps}"
+        losses = self._passes.run(batch, num_samples, self.comm, where)
         mean = self._close(losses, num_samples)
         with self.comm.trace.span("update"):
             if self.optimizer is not None:
@@ -211,122 +198,6 @@ class ShardedDataParallel:
         self._is_in_step = False
         self.num_steps += 1
         return mean
-
-    def _compute(self, batch: Batch, num_samples: int) -> list[Tensor]:
-        """Forward, backward and reduction of all micro-batches; their shares of the mean loss."""
-        span, num_parts, losses = self.comm.trace.span, self.num_microbatches, []
-        of_parts = (tensor.detach().to(self.comm.device).tensor_split(num_parts) for tensor in batch)
-        for j, (inputs, targets) in enumerate(zip(*of_parts, strict=True)):
-            microbatch = j if num_parts > 1 else None
-            with span("forward", microbatch):
-                loss = self._forward(inputs, targets, len(inputs) / num_samples)
-            with span("backward", microbatch):
-                self._backward(loss)
-            if loss is not None:
-                losses.append(loss.detach())
-            del loss
-        if self.stage == 1:
-            self._start_reductions(self._trained)
-            self._finish_reductions()
-        return losses
-
-    def _forget_last_step(self) -> None:
-        for flat in self._trained:
-            flat.forget_gradients()
-        if self._is_in_step:  # it failed, and may have left anything
-            self._coming, self._reducing = [], []
-            self.model.zero_grad()
-            if self.stage == 3:
-                for flat in self._flats:
-                    flat.free()
-
-    def _forward(self, inputs: Tensor, targets: Tensor, weight: float) -> Tensor | None:
-        """A micro-batch's share of the mean loss; without samples the same messages, and None."""
-        is_sharded, last, x = self.stage == 3, len(self._units) - 1, inputs
-        if is_sharded:
-            self._start_gather(0)
-        with autocasting(self.comm.device, self.autocast):
-            for index, unit in enumerate(self._units):
-                if is_sharded:
-                    self._finish_gather()
-                    if index < last:
-                        self._start_gather(index + 1)
-                if len(inputs):
-                    x = self._output(unit, x) if self.stage > 1 and index else unit(x)
-                    if is_sharded and index < last and unit.holds(x):
-                        x = x.clone()  # not a result, but weights that are freed now
-                    if self.stage > 1 and index < last and x.requires_grad:
-                        # Called when the units above are over: autograd goes through its nodes from the last one made
-                        # to the first, and adds up the gradients of weights at once.
-                        x.register_hook(partial(self._reach, index))
-                if is_sharded and index < last:
-                    unit.free()
-            return self.loss_fn(x, targets) * weight if len(inputs) else None
-
-    def _output(self, unit: Unit, x: Tensor) -> Tensor:
-        """A unit's output for that of the unit below, which must stay as it is: changed in place it loses its hook."""
-        if unit.writes_on_input:
-            x = x.clone()
-        version = x._version
-        y = unit(x)
-        if x._version != version and not unit.writes_on_input:
-            raise MplabError(
-                f"layer {unit.layers[0].name} changes its input in place, and in stage {self.stage} the backward must "
-                "be told where one layer ends and the next begins: let it work on x.clone(), or take stage 1"
-            )
-        return y
-
-    def _backward(self, loss: Tensor | None) -> None:
-        """The gradients of a micro-batch; what it does not come to sends the same messages at the end."""
-        self._unit = len(self._units) - 1
-        if self.stage == 3 and self._unit > self._first:
-            self._start_gather(self._unit - 1)
-        if loss is not None and loss.requires_grad:
-            torch.autograd.backward(loss)
-        if self.stage > 1:
-            self._reach(-1)
-            self._start_reductions(self._root.trained)
-            self._finish_reductions()
-
-    def _reach(self, index: int, grad: Tensor | None = None) -> None:
-        """The backward of unit `index` is about to begin, and all above it are over."""
-        while self._unit > index and self._unit >= self._first:
-            # In the order in which they were started: the reduction of the unit above, the weights of the one below.
-            unit = self._units[self._unit]
-            self._finish_reductions()
-            if self.stage == 3:
-                unit.free()
-                self._finish_gather()
-            self._start_reductions(unit.trained)
-            if self.stage == 3 and self._unit - 2 >= self._first:
-                self._start_gather(self._unit - 2)
-            self._unit -= 1
-
-    # -- messages ------------------------------------------------------------------------------------------------------
-
-    def _start_gather(self, index: int) -> None:
-        self._coming = self._units[index].gather(self.comm)
-
-    def _finish_gather(self) -> None:
-        for handle in self._coming:
-            handle.wait()
-        self._coming = []
-
-    def _start_reductions(self, flats: Sequence[Flat]) -> None:
-        for flat in flats:
-            gradient = flat.take_gradient()
-            if (name := flat.not_finite(gradient)) is not None:
-                raise NonFiniteGradient(
-                    f"rank {self.comm.rank}, step {self.num_steps}: the gradient of {name} has a NaN or an Inf, and no "
-                    "weight was changed: look at this rank's samples and loss, lower the learning rate, or give a "
-                    "max_norm"
-                )
-            self._reducing.append((flat, self.comm.ireduce_scatter(gradient)))
-
-    def _finish_reductions(self) -> None:
-        for flat, handle in self._reducing:
-            flat.add_gradient(handle.wait())
-        self._reducing = []
 
     def _close(self, losses: list[Tensor], num_samples: int) -> float:
         """Exchange the loss and what was used; give the optimizer its gradients, clipped."""

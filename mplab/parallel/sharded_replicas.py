@@ -62,11 +62,20 @@ class ShardedReplicas(ShardedDataParallel):
         return merge(super().full_state_dict(), cuts_by_name(self.model), self._tp)
 
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take this rank's share of a whole model's `state_dict`. **Communication**: none."""
+        """Take this rank's share of a whole model's `state_dict`.
+
+        Raises:
+            MplabError: other names or shapes than the model's; nothing has changed then.
+
+        **Communication**: none.
+        """
         super().load_full_state_dict(split(state, cuts_by_name(self.model), self._tp))
 
     def local_state(self) -> dict[str, Tensor]:
-        """The `state_dict` of the model as it is cut, on every rank of the data axis."""
+        """The `state_dict` of the model as it is cut, on every rank of the data axis.
+
+        **Communication**: that of `ShardedDataParallel.full_state_dict`.
+        """
         return super().full_state_dict()
 
     def load_local_state(self, state: Mapping[str, Tensor]) -> None:

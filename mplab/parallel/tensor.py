@@ -55,9 +55,10 @@ class TensorParallel:
             None: any.
 
     Raises:
-        MplabError: a setting out of its range, or what `tensor_parallel` refuses; before any training.
+        MplabError: a setting out of its range, a loss that can't have cut logits, or what `tensor_parallel` refuses;
+            before any training.
 
-    **Communication**: at the start that of `tensor_parallel`.
+    **Communication**: at the start the settings (all_gather), and that of `tensor_parallel`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class TensorParallel:
         self.model = tensor_parallel(model, comm, plan, sequence_parallel, overlap)
         self._loss_fn, self._cuts, self._partial = loss_fn, cuts_of(self.model), partial_parameters(self.model)
         self._names = {p: name for name, p in self.model.named_parameters()}
+        self._parameters = sorted(self._names, key=lambda p: p not in self._cuts)  # those that are cut first
         self._has_cut_logits = has_cut_logits(model, tensor_plan(model) if plan is None else plan, loss_fn)
         self.optimizer = optimizer(self.model.parameters())
         self.num_steps = 0
@@ -162,27 +164,23 @@ class TensorParallel:
 
     def _check_and_clip(self) -> None:
         """Refuse a NaN before any weight of this rank is changed; scale down a gradient that is too long."""
-        grads: dict[bool, list[Tensor]] = {True: [], False: []}  # of what is cut, and of what every rank has whole
-        squares = torch.zeros(2, dtype=torch.float64, device=self.comm.device)
-        for is_cut, of_kind in grads.items():
-            trained = [p for p in self._names if p.grad is not None and (p in self._cuts) == is_cut]
-            of_kind += [p.grad for p in trained if p.grad is not None]
-            if not of_kind:
-                continue
-            lengths = torch.stack(norms(of_kind)).double()
-            if not bool(lengths.isfinite().all()):
-                name = self._names[trained[int(lengths.isfinite().logical_not().nonzero()[0])]]
-                raise NonFiniteGradient(
-                    f"rank {self.comm.rank}, step {self.num_steps}: the gradient of {name} has a NaN or an Inf, and no "
-                    "weight of this rank was changed: look at the samples and the loss, or lower the learning rate"
-                )
-            squares[int(is_cut)] = lengths.square().sum()
+        trained = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        grads = [grad for _, grad in trained]
+        lengths = torch.stack(norms(grads) or [torch.zeros((), device=self.comm.device)]).double()
+        is_finite = lengths.isfinite()
+        if not bool(is_finite.all()):
+            name = self._names[trained[int(is_finite.logical_not().nonzero()[0])][0]]
+            raise NonFiniteGradient(
+                f"rank {self.comm.rank}, step {self.num_steps}: the gradient of {name} has a NaN or an Inf, and no "
+                "weight of this rank was changed: look at the samples and the loss, or lower the learning rate"
+            )
         if self.max_norm is None:
             return
-        whole, cut = squares.split(1)
+        num_cut = sum(p in self._cuts for p, _ in trained)
+        cut, whole = (part.square().sum(0, keepdim=True) for part in (lengths[:num_cut], lengths[num_cut:]))
         scale = self.max_norm / (float((whole + self.comm.all_reduce_(cut)).sqrt()) + 1e-6)
         if scale < 1:
-            for grad in (*grads[True], *grads[False]):
+            for grad in grads:
                 grad.mul_(scale)
 
 

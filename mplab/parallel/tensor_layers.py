@@ -8,7 +8,6 @@ A column-parallel layer leaves its output cut as a row-parallel one wants its in
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from mplab.parallel.cut import Cut, ParallelLayer, TensorAxis
 from mplab.parallel.overlap import OverlappedEntry
 
 SEQUENCE_DIM = 1  # of activations (B, T, D)
+ENTERED = "_entered"  # an attribute of a tensor: where it has
 
 
 def is_transposed(linear: nn.Module) -> bool:
@@ -60,8 +60,7 @@ class Entry:
     def __init__(self, axis: TensorAxis, sequence_parallel: bool = False, overlap: bool = False) -> None:
         self.axis, self.sequence_parallel = axis, sequence_parallel
         self.overlapped = OverlappedEntry(SEQUENCE_DIM if sequence_parallel else None) if overlap else None
-        # Weak: what entered must not outlive the step. Several may have: a layer may read what its siblings do not.
-        self._entered: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._mark = object()  # that a tensor has entered here; a reference to the entry would keep both
         self.num_layers = 0
         self._open: tuple[Tensor, Tensor, int] | None = None  # what siblings still to come will read too, and how many
 
@@ -70,7 +69,7 @@ class Entry:
 
     def read(self, x: Tensor) -> Tensor:
         """What entered, for one of its layers: those that read the same tensor share it, and the last one drops it."""
-        if x is self._entered.get(id(x)):
+        if getattr(x, ENTERED, None) is self._mark:
             return x
         raw, entered, num_left = self._open or (None, x, 0)
         if raw is not x or entered.requires_grad != (x.requires_grad and torch.is_grad_enabled()):
@@ -80,7 +79,7 @@ class Entry:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, T, D), or (B, T/n, D) -> (B, T, D); what has entered already comes back as it is."""
-        if x is self._entered.get(id(x)):
+        if getattr(x, ENTERED, None) is self._mark:
             return x
         if self.overlapped is not None and torch.is_grad_enabled():
             x = self.overlapped.enter(x, self.axis.comm)
@@ -88,7 +87,7 @@ class Entry:
             x = operators.all_gather(x, self.axis.comm, SEQUENCE_DIM)
         else:
             x = operators.copy_to(x, self.axis.comm)
-        self._entered[id(x)] = x
+        setattr(x, ENTERED, self._mark)
         return x
 
 
@@ -126,6 +125,9 @@ class ColumnParallelLinear(CutLinear):
 
     Shapes:
         (..., D_in) -> (..., D_out / n), or (..., D_out) with `gather_output`; (B, T/n, D_in) with `sequence_parallel`.
+
+    Raises:
+        MplabError: n does not divide the outputs, or those of each joined matrix.
 
     **Communication**: in backward an all_reduce of the input's bytes; with `sequence_parallel` an all_gather, in
     backward a reduce_scatter. With `gather_output` an all_gather of the output's bytes more.
@@ -177,6 +179,9 @@ class RowParallelLinear(CutLinear):
 
     Shapes:
         (..., D_in / n) -> (..., D_out); (B, T, D_in / n) -> (B, T/n, D_out) with `sequence_parallel`.
+
+    Raises:
+        MplabError: n does not divide the inputs.
 
     **Communication**: an all_reduce of the output's bytes, in backward none; with `sequence_parallel` a reduce_scatter,
     in backward an all_gather.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mplab.comm.communicator import Communicator
 from mplab.errors import MplabError
+from mplab.parallel.check_state import check_state
 from mplab.parallel.cut import Cut, cuts_by_name, cuts_of
 from mplab.private import is_shared
 
@@ -170,18 +171,10 @@ def load_full_state_dict(model: nn.Module, comm: Communicator, state: Mapping[st
     **Communication**: none.
     """
     own = model.state_dict(keep_vars=True)
-    if other := sorted(own.keys() ^ state.keys()):
-        raise MplabError(f"the state has not the model's names, which differ in {other[:5]}: load its own")
-    cuts = cuts_by_name(model)
-    for name, tensor in own.items():
-        shape = list(tensor.shape)
-        if name in cuts:
-            shape[cuts[name].dim] *= comm.size
-        if list(state[name].shape) != shape:
-            raise MplabError(
-                f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(shape)} in the model: load the "
-                "state of a model of the same sizes"
-            )
+    cuts, shapes = cuts_by_name(model), {name: list(tensor.shape) for name, tensor in own.items()}
+    for name, cut in cuts.items():
+        shapes[name][cut.dim] *= comm.size
+    check_state(state, shapes)
     parts = split(state, cuts, comm)
     with torch.no_grad():
         for name, tensor in own.items():

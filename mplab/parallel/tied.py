@@ -41,7 +41,10 @@ class TiedWeights:
 
     @torch.no_grad()
     def broadcast(self) -> None:
-        """Give all copies the values of the first holder's."""
+        """Give all copies the values of the first holder's.
+
+        **Communication**: broadcast of each weight, among its holders.
+        """
         for copies, group in self._weights:
             if group is not None:
                 value = group.broadcast(copies[0].detach())
@@ -51,7 +54,7 @@ class TiedWeights:
     def reduce_gradients(self) -> None:
         """Give each copy the sum of all copies' gradients: equal weights then stay equal after equal updates.
 
-        **Communication**: all_reduce of each trained weight, among its holders.
+        **Communication**: all_reduce_ of each trained weight, among its holders.
         """
         for copies, group in self._weights:
             if not copies[0].requires_grad:

@@ -19,7 +19,12 @@ from mplab.world.progress import progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, and print the first, the last and the held-out loss; the progress bar goes to stderr."""
+    """Train, and print the first and the last loss, and the held-out one or by a plan a step's time; the progress bar
+    goes to stderr.
+
+    Raises:
+        MplabError: arguments out of their range, or that need others; a loss that is not finite.
+    """
     arguments = parse(argv)
     for name in ("steps", "layers"):
         if getattr(arguments, name) < 1:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mplab.comm.communicator import Communicator
 from mplab.errors import MplabError
+from mplab.parallel.operators import once_differentiable
 
 
 def vocab_parallel_cross_entropy(
@@ -47,15 +47,18 @@ def vocab_parallel_cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise MplabError(f"label_smoothing {label_smoothing}: must be from 0 to 1")
     num_classes, rows = logits.shape[-1] * comm.size, targets.flatten()
+    all_count = False  # as far as is known without asking a GPU
     if rows.device.type == "cpu" and rows.numel():
         low, high = map(int, rows.aminmax())
+        all_count = low >= 0 and high < num_classes and not low <= ignore_index <= high
         if (low < 0 or high >= num_classes) and not _are_classes(rows, num_classes, ignore_index).all():
             raise MplabError(
                 f"targets from {low} to {high}, but the {comm.size} ranks have logits for {num_classes} classes, 0 to "
                 f"{num_classes - 1}: build the model with the vocab_size of the data"
             )
+    counted = None if all_count else rows != ignore_index
     mean: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        logits.reshape(-1, logits.shape[-1]), rows, comm, ignore_index, label_smoothing
+        logits.reshape(-1, logits.shape[-1]), rows, counted, comm, ignore_index, label_smoothing
     )
     return mean
 
@@ -65,46 +68,54 @@ def _are_classes(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Logits (N, V/n) and targets (N) -> their mean loss, computed in float32 at least."""
+    """Logits (N, V/n) and targets (N) -> their mean loss, computed in float32 at least.
+
+    Per position there is a column, (N, 1). `counted` is None where all positions count.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, comm: Communicator, ignore_index: int, smoothing: float
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        counted: Tensor | None,
+        comm: Communicator,
+        ignore_index: int,
+        smoothing: float,
     ) -> Tensor:
         x = logits.float() if logits.dtype.itemsize < 4 else logits
         num_own = x.shape[-1]
-        place = targets - comm.rank * num_own
+        place = (targets - comm.rank * num_own)[:, None]
         own = place.clamp(0, num_own - 1)
         is_here = own == place
-        of_target = x.gather(-1, own[:, None]).squeeze(-1)
-        log_shares = x.log_softmax(-1)  # of this rank's classes: in one pass, and its maximum has the log-sum-exp
-        top = x.amax(-1)
-        is_void = top == -torch.inf  # nothing but classes that are ruled out
-        if x.device.type != "cpu" or bool(is_void.any()):
-            log_shares.masked_fill_(is_void[:, None], -torch.inf)
-        log_sum = (top - log_shares.amax(-1)).masked_fill(is_void, -torch.inf)
-        said = [log_sum, of_target.masked_fill(~is_here, 0.0), *([x.sum(-1)] if smoothing else [])]
-        of_ranks = comm.all_gather(torch.stack(said)[None])
-        log_total = of_ranks[:, 0].logsumexp(0)
-        right = of_ranks[:, 1].sum(0)
+        said = [x.logsumexp(-1, keepdim=True), torch.where(is_here, x.gather(-1, own), 0.0)]
+        if smoothing:
+            said.append(x.sum(-1, keepdim=True))
+        of_ranks = comm.all_gather(torch.stack(said))
+        log_total = of_ranks[:: len(said)].logsumexp(0)
+        right = of_ranks[1 :: len(said)].sum(0)
         num_classes = num_own * comm.size
         if smoothing:
-            right = (1 - smoothing) * right + (smoothing / num_classes) * of_ranks[:, 2].sum(0)
+            right = (1 - smoothing) * right + (smoothing / num_classes) * of_ranks[2::3].sum(0)
         losses = log_total - right
         if targets.device.type != "cpu":
-            losses = losses.masked_fill(~_are_classes(targets, num_classes, ignore_index), torch.nan)
-        counted = targets != ignore_index
-        weights = counted.to(x.dtype) / counted.sum().clamp(min=1)  # with none the gradient is 0, as torch's
-        ctx.save_for_backward(log_shares, log_sum - log_total, own, is_here, weights)
+            losses = losses.masked_fill(~_are_classes(targets, num_classes, ignore_index)[:, None], torch.nan)
         ctx.smoothing, ctx.num_classes, ctx.dtype = smoothing, num_classes, logits.dtype
-        return losses.masked_fill(~counted, 0.0).sum() / counted.sum()
+        if counted is None:
+            ctx.save_for_backward(x, log_total, own, is_here, None)
+            return losses.mean()
+        num_counted = counted.sum()
+        weights = counted.to(x.dtype) / num_counted.clamp(min=1)  # with none the gradient is 0, as torch's
+        ctx.save_for_backward(x, log_total, own, is_here, weights[:, None])
+        return losses.masked_fill(~counted[:, None], 0.0).sum() / num_counted
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        log_shares, log_share, own, is_here, weights = ctx.saved_tensors
-        shares = (log_shares + log_share[:, None]).exp_()  # the softmax over all classes
-        shares.scatter_add_(1, own[:, None], (is_here.to(shares.dtype) * (ctx.smoothing - 1.0))[:, None])
+        x, log_total, own, is_here, weights = ctx.saved_tensors
+        shares = (x - log_total).exp_()  # the softmax over all classes
+        shares.scatter_add_(1, own, is_here.to(shares.dtype) * (ctx.smoothing - 1.0))
         if ctx.smoothing:
             shares -= ctx.smoothing / ctx.num_classes
-        return shares.mul_((weights * grad)[:, None]).to(ctx.dtype), None, None, None, None
+        scale = grad / max(len(x), 1) if weights is None else weights * grad
+        return shares.mul_(scale).to(ctx.dtype), None, None, None, None, None

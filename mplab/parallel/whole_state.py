@@ -62,7 +62,8 @@ def whole_optimizer_state(
 ) -> Iterator[tuple[str, Tensor]]:
     """What the optimizer remembers of each parameter, in one piece, as "NAME/KEY"; on every rank of both axes.
 
-    **Communication**: the names of what there is (all_gather), and an all_gather of each piece and each cut part.
+    **Communication**: the names of what there is (all_gather), and an all_gather of each piece, each cut part, and 8
+    bytes of each number.
     """
     state = {} if optimizer is None else optimizer.state
     known: dict[str, dict[str, list[Any]]] = {}
@@ -107,7 +108,7 @@ def local_optimizer_state(
         tp: this rank's communicator on the tensor axis.
 
     Raises:
-        CheckpointError: a size that is not the model's.
+        CheckpointError: a size that is not the model's; MplabError: one that the tensor axis does not divide.
     """
     saved = optimizer.state_dict()
     order = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,7 +1,7 @@
 """Messages and bytes of one step of every kind of data parallelism, for one rank: what its ledger must show.
 
 All of them end with the sum of all ranks' gradients; they differ in who adds up, and when. With P the bytes of all
-parameters, n ranks and large n, a rank sends about
+parameters, one micro-batch, n ranks and large n, a rank sends about
 
     parameter server         nP on the master, which receives as much; P elsewhere
     all-reduce, ZeRO 1 or 2  2P

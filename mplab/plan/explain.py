@@ -7,7 +7,7 @@ from dataclasses import fields
 from math import fsum
 
 from mplab.plan.cost import Link
-from mplab.plan.partition import LayerCost
+from mplab.plan.layer_cost import LayerCost
 from mplab.plan.schedule import Schedule
 from mplab.plan.simulate import simulate
 from mplab.trace.compare import Comparison

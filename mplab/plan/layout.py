@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mplab.errors import MplabError
+from mplab.plan.json_object import read_file, read_object
 from mplab.plan.schedule import ORDERS
 
 
@@ -121,14 +122,7 @@ class Plan:
         Raises:
             MplabError: no JSON object, names that a plan has not, or values that it can't have.
         """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise MplabError(f"a plan is a JSON object, and this is not JSON ({error})") from None
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, dict) or (unknown := sorted(values.keys() - set(names))):
-            what = f"has not {unknown}" if isinstance(values, dict) else f"is no {type(values).__name__}"
-            raise MplabError(f"a plan {what}: give a JSON object with some of {', '.join(names)}")
+        values = read_object("a plan", text, [field.name for field in dataclasses.fields(cls)])
         if isinstance(values.get("cuts"), list):
             values["cuts"] = tuple(values["cuts"])
         return cls(**values)
@@ -144,9 +138,7 @@ class Plan:
         Raises:
             MplabError: no such file, or no plan in it.
         """
-        if not Path(path).is_file():
-            raise MplabError(f"{path} is no file: give the path of a plan, as Plan.save writes it")
-        return cls.from_json(Path(path).read_bytes())
+        return cls.from_json(read_file(path, "a plan", "Plan"))
 
 
 def refuse(faults: Iterator[str], what: str) -> None:

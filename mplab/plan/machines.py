@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mplab.errors import MplabError
 from mplab.plan.cost import Link
+from mplab.plan.json_object import check_names, read_file, read_object
 from mplab.plan.layout import refuse
 
 _LINKS = ("inside", "between")
@@ -161,22 +161,18 @@ class Machine:
         return json.dumps(values, indent=2, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Machine:
+    def from_json(cls, text: str | bytes) -> Machine:
         """The machine that `to_json` wrote, or that a person did.
 
         Raises:
             MplabError: no JSON object, names that a machine has not or that are missing, or values that it can't have.
         """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise MplabError(f"a machine is a JSON object, and this is not JSON ({error})") from None
         needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
-        _check_names("a machine", values, needed, [field.name for field in dataclasses.fields(cls)])
+        values = read_object("a machine", text, [field.name for field in dataclasses.fields(cls)], needed)
         for name in _LINKS:
             if values.get(name) is not None:
                 numbers = [field.name for field in dataclasses.fields(Link)]
-                _check_names(f"the link {name!r}", values[name], numbers, numbers)
+                check_names(f"the link {name!r}", values[name], numbers, numbers)
                 values[name] = Link(**{key: _unbounded(key, number) for key, number in values[name].items()})
         return cls(**{key: _unbounded(key, value) for key, value in values.items()})
 
@@ -191,9 +187,7 @@ class Machine:
         Raises:
             MplabError: no such file, or no machine in it.
         """
-        if not Path(path).is_file():
-            raise MplabError(f"{path} is no file: give the path of a machine, as Machine.save writes it")
-        return cls.from_json(Path(path).read_text())
+        return cls.from_json(read_file(path, "a machine", "Machine"))
 
 
 def _bounded(number: Any) -> Any:
@@ -202,15 +196,6 @@ def _bounded(number: Any) -> Any:
 
 def _unbounded(name: str, number: Any) -> Any:
     return math.inf if number is None and name.endswith("bytes_s") else number
-
-
-def _check_names(what: str, values: object, needed: list[str], names: list[str]) -> None:
-    if not isinstance(values, dict):
-        raise MplabError(f"{what} is no {type(values).__name__}: give a JSON object with {', '.join(names)}")
-    if unknown := sorted(values.keys() - set(names)):
-        raise MplabError(f"{what} has not {unknown}: give a JSON object with {', '.join(names)}")
-    if missing := [name for name in needed if name not in values]:
-        raise MplabError(f"{what} lacks {', '.join(missing)}: give all of {', '.join(needed)}")
 
 
 # Published figures, of one direction where a link has two. Matrix products of a training step do not reach the peak of

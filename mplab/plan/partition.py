@@ -8,104 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import accumulate, pairwise
-from numbers import Real
 from operator import index
 from typing import Any, SupportsIndex
 
 from mplab.errors import MplabError
 from mplab.plan.balance import best_cuts
+from mplab.plan.layer_cost import LayerCost as LayerCost
+from mplab.plan.layer_cost import is_number
+from mplab.plan.layer_cost import recomputed_costs as recomputed_costs
 from mplab.plan.traffic import chunk_lengths
 from mplab.trace.units import format_s
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """What one layer, or one stage, costs with one micro-batch.
-
-    Args:
-        name: "blocks.0".
-        forward_s: seconds of the forward.
-        backward_s: seconds of the backward.
-        input_gradient_s: of its first part where it is split: the gradients of the inputs.
-        weight_gradient_s: of its second part: those of the weights. Where neither part is given, each becomes half of
-            `backward_s`.
-        update_s: seconds of the optimizer, once a step.
-        output_bytes: of the tensor that it hands on.
-        activation_bytes: held from its forward to its backward, its input included.
-        parameter_bytes: of its weights.
-
-    Raises:
-        MplabError: a number that is negative or not finite.
-    """
-
-    name: str
-    forward_s: float = 0.0
-    backward_s: float = 0.0
-    input_gradient_s: float = 0.0
-    weight_gradient_s: float = 0.0
-    update_s: float = 0.0
-    output_bytes: float = 0
-    activation_bytes: float = 0
-    parameter_bytes: float = 0
-
-    def __post_init__(self) -> None:
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if not (_is_number(value) and 0 <= value < math.inf):
-                raise MplabError(f"LayerCost {self.name}: {field.name} is {value!r}; give a number, 0 or more")
-        if not self.input_gradient_s and not self.weight_gradient_s:
-            object.__setattr__(self, "input_gradient_s", self.backward_s / 2)
-            object.__setattr__(self, "weight_gradient_s", self.backward_s / 2)
-
-    def recomputed(self, input_bytes: float) -> LayerCost:
-        """The same where only the input is held until the backward, which begins with another forward.
-
-        Args:
-            input_bytes: of its input.
-        """
-        return replace(
-            self,
-            backward_s=self.backward_s + self.forward_s,
-            input_gradient_s=self.input_gradient_s + self.forward_s,
-            activation_bytes=input_bytes,
-        )
-
-
-def stage_costs(layers: Sequence[LayerCost], cuts: Iterable[SupportsIndex]) -> list[LayerCost]:
-    """What each stage costs: the sum over its layers; it hands on what its last layer does.
-
-    Args:
-        layers: of the whole chain.
-        cuts: the first layer of each stage but the first.
-
-    Raises:
-        MplabError: see `check_cuts`.
-    """
-    cuts = tuple(cuts)
-    cuts = check_cuts(cuts, [layer.name for layer in layers], len(cuts) + 1)
-    costs = []
-    for start, end in stage_bounds(cuts, len(layers)):
-        stage = layers[start:end]
-        name = stage[0].name if len(stage) == 1 else f"{stage[0].name} to {stage[-1].name}"
-        sums = {
-            name: (math.fsum if name.endswith("_s") else sum)(getattr(layer, name) for layer in stage)
-            for name in (field.name for field in fields(LayerCost)[1:])
-        }
-        costs.append(LayerCost(name, **{**sums, "output_bytes": stage[-1].output_bytes}))
-    return costs
-
-
-def recomputed_costs(costs: Sequence[LayerCost]) -> list[LayerCost]:
-    """What each stage costs where only its input is held until its backward.
-
-    Args:
-        costs: of all stages. The first one's input is a part of the batch, which is there anyway, and counts nothing.
-    """
-    inputs = [0.0, *(cost.output_bytes for cost in costs)]
-    return [cost.recomputed(input_bytes) for cost, input_bytes in zip(costs, inputs, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -257,7 +172,7 @@ def _numbers(name: str, values: Sequence[float], count: int | None = None, above
     if count is not None and len(values) != count:
         raise MplabError(f"{name} has {len(values)} numbers: give {count}, see its description")
     for i, value in enumerate(values):
-        if not (_is_number(value) and 0 <= value < math.inf) or (above_0 and not value):
+        if not (is_number(value) and 0 <= value < math.inf) or (above_0 and not value):
             raise MplabError(f"{name}[{i}] is {value!r}: give a number{' above 0' if above_0 else ', 0 or more'}")
     return [Fraction(value if isinstance(value, int) else float(value)) for value in values]
 
@@ -265,10 +180,6 @@ def _numbers(name: str, values: Sequence[float], count: int | None = None, above
 def stage_bounds(cuts: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
     """(first layer, one after the last) of each stage."""
     return list(zip((0, *cuts), (*cuts, num_layers), strict=True))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_cuts(cuts: Iterable[SupportsIndex], names: Sequence[str], num_stages: int) -> tuple[int, ...]:
@@ -333,3 +244,27 @@ def _check_num_stages(num_layers: int, num_stages: int) -> None:
             f"{num_stages!r} stages of {num_layers} layers: every stage has one layer or more, so give 1 to "
             f"{num_layers} stages"
         )
+
+
+def stage_costs(layers: Sequence[LayerCost], cuts: Iterable[SupportsIndex]) -> list[LayerCost]:
+    """What each stage costs: the sum over its layers; it hands on what its last layer does.
+
+    Args:
+        layers: of the whole chain.
+        cuts: the first layer of each stage but the first.
+
+    Raises:
+        MplabError: see `check_cuts`.
+    """
+    cuts = tuple(cuts)
+    cuts = check_cuts(cuts, [layer.name for layer in layers], len(cuts) + 1)
+    costs = []
+    for start, end in stage_bounds(cuts, len(layers)):
+        stage = layers[start:end]
+        name = stage[0].name if len(stage) == 1 else f"{stage[0].name} to {stage[-1].name}"
+        sums = {
+            name: (math.fsum if name.endswith("_s") else sum)(getattr(layer, name) for layer in stage)
+            for name in (field.name for field in fields(LayerCost)[1:])
+        }
+        costs.append(LayerCost(name, **{**sums, "output_bytes": stage[-1].output_bytes}))
+    return costs

@@ -28,7 +28,7 @@ from functools import lru_cache
 import numpy as np
 
 from mplab.plan.cost import Link
-from mplab.plan.partition import LayerCost
+from mplab.plan.layer_cost import LayerCost
 from mplab.plan.schedule import Schedule, build
 from mplab.plan.simulate import simulate
 

@@ -30,29 +30,31 @@ import numpy as np
 
 from mplab.errors import MplabError
 from mplab.plan.cost import Link
+from mplab.plan.layer_cost import LayerCost
 from mplab.plan.layout import Plan
 from mplab.plan.machines import Machine
-from mplab.plan.partition import LayerCost
 from mplab.plan.pipeline_time import closed_form_s, played_s
 from mplab.plan.share import (
-    Array,
-    Share,
     cut_traffic,
     data_calls,
     data_traffic,
     memory_of,
+    partial_gradients,
+    pipeline_calls,
+    pipeline_sent,
+    tensor_bytes,
+)
+from mplab.plan.simulate import FREE
+from mplab.plan.stages import (
+    Array,
+    Share,
     num_pieces,
     num_updated,
     of_stages,
     output_bytes,
-    partial_gradients,
-    pipeline_calls,
-    pipeline_sent,
     sharded_layers,
     share_of,
-    tensor_bytes,
 )
-from mplab.plan.simulate import FREE
 from mplab.plan.traffic import Traffic
 from mplab.plan.transformer import Transformer, layer_loads
 from mplab.plan.zero import Memory
@@ -117,7 +119,8 @@ def predict(plan: Plan, model: Transformer, batch: int, machine: Machine) -> Pre
         machine: on what.
 
     Raises:
-        MplabError: a plan that this model, batch or machine can't have: all of its faults.
+        MplabError: a plan that this model or batch can't have, with all of its faults; or one of another number of
+            ranks than the machine has.
     """
     memory = memory_of(plan, model, batch)
     if plan.num_ranks != machine.ranks:

@@ -67,15 +67,15 @@ def candidates(model: Transformer, machine: Machine, batch: int) -> Iterator[Pla
     """
     if not (type(batch) is int and batch >= 1):
         raise MplabError(f"batch={batch!r}: a step has a whole number of samples, 1 or more")
-    for tp in _divisors(machine.ranks):
+    for tp in divisors(machine.ranks):
         if model.num_heads % tp or model.vocab_size % tp or (tp > 1 and machine.ranks_per_host % tp):
             continue
-        for pp in _divisors(machine.ranks // tp):
+        for pp in divisors(machine.ranks // tp):
             dp = machine.ranks // tp // pp
             if pp > model.num_layers + 2 or batch % dp:
                 continue
             zeros = (0,) if dp == 1 else (0, 1) if pp > 1 else (0, 1, 2, 3)
-            for num_microbatches in _divisors(batch // dp):
+            for num_microbatches in divisors(batch // dp):
                 for schedule in ORDERS if pp > 1 else ("1f1b",):
                     if schedule == "interleaved" and (num_microbatches % pp or 2 * pp > model.num_layers + 2):
                         continue
@@ -99,5 +99,6 @@ def candidates(model: Transformer, machine: Machine, batch: int) -> Iterator[Pla
                                 )
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, the smallest first."""
     return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,130 +1,37 @@
-"""What of a GPT a rank has under a plan: its layers, what it sends of them on each axis, and what it must hold.
+"""What a rank sends of its layers of a GPT on each axis under a plan, and what it must hold.
 
 Where the ranks of an axis differ, as stages do, figures are those of the rank with the most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mplab.errors import MplabError
 from mplab.plan.data import data_parallel_traffic, sharded_traffic, total_traffic
-from mplab.plan.layout import Plan, refuse
-from mplab.plan.partition import by_parameters, check_cuts, stage_bounds
+from mplab.plan.layout import Plan
 from mplab.plan.pipeline_time import most_held, most_recomputed
+from mplab.plan.stages import (
+    Array,
+    Share,
+    Stages,
+    of_stages,
+    output_bytes,
+    rank_elements,
+    rank_lengths,
+    sharded_layers,
+    share_of,
+)
 from mplab.plan.traffic import Traffic, chunk_lengths, direct_traffic
-from mplab.plan.transformer import Transformer, layer_loads, parameter_lengths
+from mplab.plan.transformer import Transformer, layer_loads
 from mplab.plan.zero import Memory, peak, zero_moments
 
 BUCKET_BYTES = 25 << 20  # `DataParallel`'s
-Array = NDArray[Any]
 _NONE = Traffic(0, 0, 0, 0)
 _COUNT_BYTES = 8  # of a float64
-
-
-class Stages(NamedTuple):
-    """How the layers are cut and shared out: stage s is on rank s % pp of the pipeline axis."""
-
-    model: Transformer
-    tp: int
-    pp: int
-    num_stages: int
-    cuts: tuple[int, ...] | None
-
-
-class Share(NamedTuple):
-    """What of a plan decides on a rank's layers, and on one micro-batch of them."""
-
-    stages: Stages
-    size: int  # samples of a micro-batch
-    sequence_parallel: bool
-
-    @property
-    def model(self) -> Transformer:
-        """Whose layers."""
-        return self.stages.model
-
-    @property
-    def tp(self) -> int:
-        """Ranks that each layer is cut over."""
-        return self.stages.tp
-
-    @property
-    def pp(self) -> int:
-        """Ranks that the stages are shared out among."""
-        return self.stages.pp
-
-
-def share_of(plan: Plan, model: Transformer, batch: int) -> Share:
-    """Refuses what can't be."""
-    refuse(_faults(plan, model, batch), f"this plan ({plan}) does not fit")
-    size = -(-batch // (plan.dp * plan.num_microbatches))
-    return Share(Stages(model, plan.tp, plan.pp, plan.num_stages, plan.cuts), size, plan.sequence_parallel)
-
-
-def _faults(plan: Plan, model: Transformer, batch: int) -> Iterator[str]:
-    num_layers, needed = model.num_layers + 2, plan.dp * plan.num_microbatches
-    if batch < needed:
-        yield (
-            f"a batch of {batch!r} samples for {plan.dp} replicas with {plan.num_microbatches} micro-batches each: "
-            f"take {needed} samples or more, or fewer micro-batches"
-        )
-    for what, number in (("heads", model.num_heads), ("tokens in the vocabulary", model.vocab_size)):
-        if number % plan.tp:
-            yield f"tp={plan.tp} does not divide {number} {what}: each rank has as many"
-    if plan.sequence_parallel and plan.tp == 1:
-        yield "sequence_parallel with tp=1: there is nobody to share the sequence with; take tp of 2"
-    elif plan.sequence_parallel and model.context_length % plan.tp:
-        yield f"tp={plan.tp} does not divide a sequence of {model.context_length} tokens, as sequence parallelism does"
-    if plan.num_stages > num_layers:
-        yield f"{plan.num_stages} stages of {num_layers} layers: every stage has one layer or more; take a smaller pp"
-    elif plan.cuts is not None:
-        try:
-            check_cuts(plan.cuts, _names(model), plan.num_stages)
-        except MplabError as error:
-            yield str(error)
-
-
-def _names(model: Transformer) -> list[str]:
-    return ["embedding", *(f"blocks.{i}" for i in range(model.num_layers)), "head"]
-
-
-@lru_cache(maxsize=1024)
-def bounds(stages: Stages) -> list[tuple[int, int]]:
-    """(first layer, one after the last) of each stage."""
-    cuts = stages.cuts
-    if cuts is None:
-        sizes = [sum(lengths) for lengths in parameter_lengths(stages.model, stages.tp)]
-        cuts = by_parameters(sizes, stages.num_stages).cuts
-    return stage_bounds(cuts, stages.model.num_layers + 2)
-
-
-@lru_cache(maxsize=1024)
-def _kinds(stages: Stages) -> Array:
-    """How many embeddings, blocks and heads each stage has: (stages, 3)."""
-    last = stages.model.num_layers + 1
-    return np.array([(a == 0, min(b, last) - max(a, 1), b > last) for a, b in bounds(stages)], dtype=np.int64)
-
-
-def of_stages(stages: Stages, of_kinds: Sequence[float]) -> Array:
-    """What each stage has, from what an embedding, a block and a head have: (stages of a rank, pp)."""
-    sums: Array = _kinds(stages) @ np.array(of_kinds)
-    return sums.reshape(-1, stages.pp)
-
-
-@lru_cache(maxsize=1 << 14)
-def output_bytes(share: Share) -> tuple[int, ...]:
-    """Of what each stage but the last hands on; sequence parallelism begins at the first block."""
-    model = share.model
-    whole = share.size * model.context_length * model.width * model.item_bytes
-    part = whole // share.tp if share.sequence_parallel else whole
-    return tuple(whole if end == 1 else part for _, end in bounds(share.stages)[:-1])
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -193,26 +100,6 @@ def pipeline_calls(share: Share) -> int:
     return 0 if share.pp == 1 else 1 + share.model.tied
 
 
-@lru_cache(maxsize=4096)
-def _lengths(stages: Stages) -> list[tuple[int, ...]]:
-    """Elements of every parameter of each rank; a matrix that is tied on one rank counts once."""
-    layers = [*parameter_lengths(stages.model, stages.tp)]
-    if stages.model.tied and stages.pp == 1:
-        layers[-1] = layers[-1][:-1]
-    return [
-        tuple(n for start, end in bounds(stages)[r :: stages.pp] for layer in layers[start:end] for n in layer)
-        for r in range(stages.pp)
-    ]
-
-
-def sharded_layers(model: Transformer, tp: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
-    """Parameters of each layer, and those that two layers have."""
-    layers = [*parameter_lengths(model, tp)]
-    if not model.tied:
-        return layers, ()
-    return [layers[0][1:], *layers[1:-1], layers[-1][:-1]], layers[0][:1]
-
-
 def data_traffic(share: Share, zero: int, dp: int, num_microbatches: int) -> Traffic:
     """On the data axis, in a step: of the rank whose stages have the most parameters."""
     once, more = _replicas_traffic(share.stages, zero, dp)
@@ -222,7 +109,7 @@ def data_traffic(share: Share, zero: int, dp: int, num_microbatches: int) -> Tra
 @lru_cache(maxsize=4096)
 def _replicas_traffic(stages: Stages, zero: int, dp: int) -> tuple[Traffic, Traffic]:
     """With one micro-batch, and what each further one adds."""
-    model, lengths = stages.model, max(_lengths(stages), key=sum)
+    model, lengths = stages.model, max(rank_lengths(stages), key=sum)
     if zero == 0:
         return data_parallel_traffic(dp, 0, buckets(lengths, model.item_bytes), model.item_bytes), _NONE
     if zero == 1:
@@ -239,7 +126,7 @@ def data_calls(stages: Stages, zero: int, dp: int, num_microbatches: int) -> int
     if dp == 1:
         return 0
     if zero < 2:
-        return 3 if zero else 1 + len(buckets(max(_lengths(stages), key=sum), stages.model.item_bytes))
+        return 3 if zero else 1 + len(buckets(max(rank_lengths(stages), key=sum), stages.model.item_bytes))
     num_layers, shared = stages.model.num_layers + 2, int(stages.model.tied)
     num_gathered = num_layers if zero == 2 else m * (2 * num_layers - 1)  # the last layer's stays for the backward
     return num_gathered + shared + m * (num_layers + shared) + 1
@@ -276,12 +163,12 @@ def memory_of(plan: Plan, model: Transformer, batch: int) -> Memory:
         batch: samples of a step.
 
     Raises:
-        MplabError: as `predict`.
+        MplabError: a plan that this model or batch can't have: all of its faults.
     """
     share, dp = share_of(plan, model, batch), plan.dp
     if plan.zero > 1:
         return _sharded_memory(share, plan.zero, dp, plan.num_microbatches > 1)
-    elements = _elements(share.stages)
+    elements = rank_elements(share.stages)
     activations = _activations(share, plan.schedule, plan.num_microbatches, plan.recompute)
     weights = elements * model.item_bytes
     is_joined = plan.zero == 1 and dp > 1
@@ -291,12 +178,6 @@ def memory_of(plan: Plan, model: Transformer, batch: int) -> Memory:
     worst = int(np.maximum(computing, joining).argmax())
     w, s, a = int(weights[worst]), int(state[worst]), int(activations[worst])
     return Memory(w, 2 * w, s, 0) if is_joined and w > a else Memory(w, w, s, a)
-
-
-@lru_cache(maxsize=1024)
-def _elements(stages: Stages) -> Array:
-    """Of each rank's parameters."""
-    return np.array([sum(lengths) for lengths in _lengths(stages)])
 
 
 @lru_cache(maxsize=1 << 14)
@@ -334,28 +215,3 @@ def _sharded_memory(share: Share, zero: int, dp: int, is_accumulating: bool) -> 
     # the gradients of the micro-batches before
     chunks = sum(chunk_lengths(sum(layer), dp)[0] for layer in (*layers, shared)) * model.item_bytes
     return replace(memory, gradients_bytes=memory.gradients_bytes + chunks)
-
-
-def num_updated(share: Share, plan: Plan) -> int:
-    """Weights that a rank updates."""
-    num = int(_elements(share.stages).max())
-    return -(-num // plan.dp) if plan.zero else num
-
-
-@lru_cache(maxsize=4096)
-def num_pieces(stages: Stages, zero: int, dp: int) -> int:
-    """Tensors that a rank updates, the most of any: parameters, or the parts of them that lie in its chunks."""
-    of_ranks = [[lengths] for lengths in _lengths(stages)]
-    if not zero:
-        return max(len(lengths) for (lengths,) in of_ranks)
-    if zero > 1:
-        layers, shared = sharded_layers(stages.model, stages.tp)
-        of_ranks = [[*layers, shared]]
-    return max(int(np.sum([_pieces(lengths, dp) for lengths in flats], axis=0).max()) for flats in of_ranks)
-
-
-def _pieces(lengths: Sequence[int], dp: int) -> Array:
-    """How many parameters have a part in each chunk of all of them, joined."""
-    ends, borders = np.cumsum([0, *lengths]), np.cumsum([0, *chunk_lengths(sum(lengths), dp)])[:, None]
-    nums: Array = (np.maximum(borders[:-1], ends[:-1]) < np.minimum(borders[1:], ends[1:])).sum(1)
-    return nums

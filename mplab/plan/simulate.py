@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mplab.errors import MplabError
 from mplab.plan.cost import Link
-from mplab.plan.partition import LayerCost
+from mplab.plan.layer_cost import LayerCost
 from mplab.plan.schedule import Action, Schedule
 from mplab.trace.event import Event
 from mplab.trace.timeline import PREDICTED_NOTE, Timeline

@@ -172,10 +172,10 @@ class BucketStep:
         parallel = DataParallel(self._model, rank.comm, **how)
         parameters = [p for p in parallel.model.parameters() if p.requires_grad]
         inputs, targets = (x.to(rank.device) for x in shard(self._batch, rank.comm))
-        now, there = rank.trace.now, dict[Tensor, Mark]()
+        now, there = rank.trace.now, dict[int, Mark]()  # no parameter: its hook would keep it for ever
 
         def write_down(p: Tensor) -> None:
-            there[p] = now()
+            there[id(p)] = now()
 
         for p in parameters:
             p.register_post_accumulate_grad_hook(write_down)
@@ -193,7 +193,7 @@ class BucketStep:
             parallel.optimizer.step()
             marks.append(now())
             seconds = [seconds_between(a, b) for a, b in pairwise(marks)]
-            seconds += [seconds_between(marks[1], there.get(p, marks[2])) for p in parameters]
+            seconds += [seconds_between(marks[1], there.get(id(p), marks[2])) for p in parameters]
             times.append(seconds)
         return torch.tensor(times[_NUM_WARMUPS:], dtype=torch.float64)
 

@@ -19,12 +19,15 @@ from mplab.show.bucket_step import BucketStep, Run, Setting, hidden_share, messa
 from mplab.show.figures import format_bytes
 from mplab.show.parts import (
     as_output,
-    error_paragraph,
+    box_of,
+    errors_in,
+    grid,
     ipywidgets_module,
     paragraph,
+    pressed,
     round_rate,
     round_s,
-    ruler_class,
+    run_button,
     wide,
 )
 from mplab.show.redraw import Timelines
@@ -94,12 +97,7 @@ class BucketExplorer:
         self.overlap = widgets.Checkbox(
             overlap, description="overlap with backward", indent=False, layout={"width": "200px"}
         )
-        self.run_button = widgets.Button(
-            description="Run",
-            icon="play",
-            button_style="primary",
-            tooltip=f"Train {num_steps} steps on this machine with these settings",
-        )
+        self.run_button = run_button("Run", f"Train {num_steps} steps on this machine with these settings")
         # Heights are kept free, so that the figure stays where it is while the texts change.
         self.words = widgets.HTML(layout={"min_height": "9.6em"})
         self.result = widgets.HTML(layout={"min_height": "9.6em"})
@@ -109,18 +107,9 @@ class BucketExplorer:
         for control in (self.bucket_bytes, self.latency_s, self.bandwidth_bytes_s, self.overlap):
             control.observe(self._changed, names="value")
         self.run_button.on_click(self._run)
-        self.ruler = ruler_class()()
-        self.ruler.observe(self._fit, names="width_px")
-        sliders = widgets.GridBox(
-            [
-                self.bucket_bytes,
-                self.latency_s,
-                self.bandwidth_bytes_s,
-                widgets.HBox([self.overlap, self.run_button], layout={"align_items": "center"}),
-            ],
-            layout={"grid_template_columns": "repeat(auto-fit, minmax(400px, 1fr))", "width": "100%"},
-        )
-        self.box = widgets.VBox([self.ruler, sliders, self.words, self.figure, self.result])
+        row = widgets.HBox([self.overlap, self.run_button], layout={"align_items": "center"})
+        sliders = grid([self.bucket_bytes, self.latency_s, self.bandwidth_bytes_s, row], 400)
+        self.box = box_of([sliders, self.words, self.figure, self.result], self.figure)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return as_output(self, **kwargs)
@@ -138,15 +127,10 @@ class BucketExplorer:
         return self._step.predict(self.setting)
 
     def _changed(self, change: object) -> None:
-        try:
+        with errors_in(self.result):
             self.result.value = ""  # what was measured belonged to what was chosen before
             self._predicted = self._say()
             self._timelines.draw(self._predicted)
-        except (Exception, KeyboardInterrupt) as error:
-            self.result.value = error_paragraph(error)
-
-    def _fit(self, change: object) -> None:
-        self.figure.layout.width = self.ruler.width_px
 
     # -- in words ------------------------------------------------------------------------------------------------------
 
@@ -194,8 +178,7 @@ class BucketExplorer:
     # -- the real thing ------------------------------------------------------------------------------------------------
 
     def _run(self, button: object) -> None:
-        self.run_button.disabled, self.run_button.description = True, "Running …"
-        try:
+        with pressed(self.run_button, self.result):
             all_s = self._num_steps * self._predicted.makespan_s
             if all_s > MAX_RUN_S:
                 raise MplabError(
@@ -205,10 +188,6 @@ class BucketExplorer:
             run = self._step.run(self.setting, self._num_steps)
             self._timelines.draw(self._predicted, run.step)
             self.result.value = paragraph("status", self._result_words(run))
-        except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
-            self.result.value = error_paragraph(error)
-        finally:
-            self.run_button.disabled, self.run_button.description = False, "Run"
 
     def _result_words(self, run: Run) -> str:
         measured_s, predicted_s = (max(e.end_s for e in t.events) for t in (run.step, self._predicted))

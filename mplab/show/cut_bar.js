@@ -1,6 +1,5 @@
 // Layers as a bar, and a handle on every cut. A handle is moved by dragging it, or with the arrow keys; it stops at its
-// neighbours, so that every stage keeps a layer. Python has the names, the shares and the words; `cuts` goes both ways,
-// and `width_px` tells Python how wide the page is.
+// neighbours, so that every stage keeps a layer. Python has the names, the shares and the words; `cuts` goes both ways.
 
 const make = (parent, kind) => {
   const element = document.createElement("div");
@@ -101,12 +100,7 @@ function render({ model, el }) {
     });
   };
 
-  const watcher = new ResizeObserver(() => {
-    draw();
-    if (!el.clientWidth) return;
-    model.set("width_px", el.clientWidth);
-    model.save_changes();
-  });
+  const watcher = new ResizeObserver(draw);
   watcher.observe(root);
   model.on("change", draw);
   draw();

@@ -18,7 +18,7 @@ def cut_bar_class() -> Any:
 
     Its traits: `names` of the layers, `hints` about them, their `shares` of the bar's width; `cuts`, which handles and
     Python both move; `ranks` of the stages, and `labels`, for each stage several texts of which the longest that fits
-    is shown; `width_px`, what the page has room for, as the browser says.
+    is shown.
 
     Raises:
         MplabError: they are not installed.
@@ -38,7 +38,6 @@ def cut_bar_class() -> Any:
         cuts = List(Int()).tag(sync=True)
         ranks = List(Int()).tag(sync=True)
         labels = List(List(Unicode())).tag(sync=True)
-        width_px = Int(0).tag(sync=True)
 
     return CutBar
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mplab.errors import MplabError
 from mplab.plan.cost import Link, all_reduce_times_s
-from mplab.trace.figure import add_notes, wrapped
+from mplab.trace.frame import noted, wrapped
 from mplab.world.links import LinkFit
 
 SIZES_BYTES = tuple(1 << k for k in range(8, 25))  # 256 B to 16 MiB
-_NOTE_PX = 17  # a line of a note
+_HEADING_PX, _NOTE_PX = 20, 17  # a line of the title, and of a note
+_HEADING_CHARACTERS = 42  # of a line that a figure 360 px wide has room for
+_LEFT_PX = 70  # from the figure's edge to the axes
+MOST_MARKS = 6  # on an axis that have their sizes written to them, in a figure 360 px wide
+
+
+# Of a bar: its length is written in it where there is room; plotly knows how wide the page is.
+BAR_TEXT = {"textposition": "inside", "insidetextanchor": "middle", "textangle": 0}
+FITTING_TEXT = {"mode": "hide", "minsize": 11}  # the layout's `uniformtext`
 
 
 class BarLook(NamedTuple):
@@ -150,34 +159,57 @@ def all_reduce_times(
     return lay_out(figure, plot_px, title, notes)
 
 
-def lay_out(figure: Any, plot_px: int, title: str, notes: Sequence[str]) -> Any:
-    """Title, legend and notes around a plot, none of them over another from 600 px of width on."""
-    remarks = wrapped(notes)
+def lay_out(
+    figure: Any, plot_px: int, title: str, notes: Sequence[str], left_px: int = _LEFT_PX, right_px: int = 18
+) -> Any:
+    """Title, legend and notes around a plot: none of them over another, and none cut off, from 360 px of width on.
+
+    Args:
+        figure: with its traces and axes.
+        plot_px: height of the plot; a legend of more lines than two takes them from it.
+        title: above all.
+        notes: below all.
+        left_px: what the marks of the axes need on the left.
+        right_px: what is written beyond the axes on the right.
+    """
+    heading, remarks = textwrap.wrap(title, _HEADING_CHARACTERS), wrapped(notes)
     has_legend = figure.layout.showlegend is not False
-    top, bottom = 36 + 44 * has_legend, 56 + (_NOTE_PX * len(remarks) + 6 if remarks else 0)
+    legend_px = 10 + _HEADING_PX * max(1, len(heading))
+    top, bottom = legend_px + 6 + 44 * has_legend, 56 + (_NOTE_PX * len(remarks) + 6 if remarks else 0)
     height = plot_px + top + bottom
     figure.update_layout(
         height=height,
-        margin={"l": 70, "r": 18, "t": top, "b": bottom},
+        margin={"l": left_px, "r": right_px, "t": top, "b": bottom},
         template="plotly_white",
         font={"size": 12},
-        title={"text": html.escape(title), "font": {"size": 15}, "x": 0, "pad": {"l": 12}, "y": 1 - 20 / height},
-        legend={"orientation": "h", "x": 0, "y": 1 - 30 / height, "yref": "container", "yanchor": "top"},
+        title={
+            "text": "<br>".join(map(html.escape, heading)),
+            "font": {"size": 15},
+            "x": 0,
+            "pad": {"l": 12},
+            # Plotly puts the foot of the first of several lines here.
+            "y": 1 - 21 / height,
+            "yref": "container",
+            "yanchor": "bottom",
+        },
+        legend={"orientation": "h", "x": 0, "y": 1 - legend_px / height, "yref": "container", "yanchor": "top"},
     )
-    add_notes(figure, remarks, 52)
+    for note in noted(remarks, 52, left_px):
+        figure.add_annotation(note)
     return figure
 
 
 def sizes_axis(sizes_bytes: Sequence[int]) -> dict[str, Any]:
-    """A logarithmic axis of sizes, marked in powers of four."""
+    """A logarithmic axis of sizes, marked in powers of four; of many marks every other one has its size written."""
     low, high = math.log2(min(sizes_bytes)), math.log2(max(sizes_bytes))
     marks = [1 << k for k in range(math.ceil(low), math.floor(high) + 1, 2)]
-    margin = 0.02 * (high - low)
+    margin, apart = 0.02 * (high - low), 2 if len(marks) > MOST_MARKS else 1
     return {
         "type": "log",
         "title": {"text": "size of the tensor (B)", "standoff": 6},
         "tickvals": marks,
-        "ticktext": [format_bytes(mark) for mark in marks],
+        "ticktext": ["" if i % apart else format_bytes(mark) for i, mark in enumerate(marks)],
+        "tickangle": 0,
         "range": [(low - margin) * math.log10(2), (high + margin) * math.log10(2)],
     }
 

@@ -16,7 +16,8 @@ from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.profile import profile_layers
 from mplab.parallel.serial import LossFunction
 from mplab.plan.cost import Link
-from mplab.plan.partition import LayerCost, by_time, recomputed_costs, stage_costs
+from mplab.plan.layer_cost import LayerCost, recomputed_costs
+from mplab.plan.partition import by_time, stage_costs
 from mplab.plan.schedule import ORDERS, Schedule, build
 from mplab.plan.simulate import memory_bytes, simulate
 from mplab.trace.timeline import Timeline

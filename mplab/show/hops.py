@@ -11,7 +11,7 @@ from mplab.errors import MplabError
 from mplab.show.figures import graph_objects, lay_out
 
 _ROW_PX = 46
-_MAX_WIDTH_PX = 6
+_MAX_WIDTH_PX, _MANY_STEPS = (6.0, 3.5), 8  # of an arrow; from how many steps on it is narrower
 
 
 class Hops:
@@ -68,7 +68,7 @@ class Hops:
         num_columns = max(len(self.steps), 1)
         largest = max((hop.size_bytes for step in self.steps for hop in step), default=0)
         full_bytes = self.tensor_bytes or largest or 1
-        figure = go.Figure()
+        figure, full_px = go.Figure(), _MAX_WIDTH_PX[num_columns > _MANY_STEPS]
         for rank in range(self.num_ranks):
             figure.add_scatter(
                 x=[0.5, num_columns + 0.5],
@@ -89,7 +89,7 @@ class Hops:
                     ayref="y",
                     text="",
                     arrowhead=2,
-                    arrowwidth=1.2 + (_MAX_WIDTH_PX - 1.2) * share,
+                    arrowwidth=1.2 + (full_px - 1.2) * share,
                     arrowsize=1.2 if share < 0.5 else 0.7,
                     arrowcolor="#0072B2",
                 )
@@ -101,11 +101,15 @@ class Hops:
             hovertext=[f"rank {h.src} → rank {h.dst}: {h.size_bytes:,} bytes" for step in self.steps for h in step],
             hoverinfo="text",
         )
-        marks = [f"{number}<br>{self._sizes(step)}" for number, step in enumerate(self.steps, start=1)]
+        sizes = [self._sizes(step) for step in self.steps]
+        is_alike = len(self.steps) > 1 and len(set(sizes)) == 1
+        marks = [f"{n}" if is_alike else f"{n}<br>{of_step}" for n, of_step in enumerate(sizes, start=1)]
+        says = f"step: {sizes[0]} bytes in each" if is_alike else "step: how many messages × bytes"
         figure.update_layout(
             showlegend=False,
             xaxis={
-                "title": {"text": "step: how many messages × bytes", "standoff": 8},
+                "title": {"text": says, "standoff": 8},
+                "tickangle": 0,
                 "tickvals": list(range(1, len(self.steps) + 1)),
                 "ticktext": marks,
                 "range": [0.4, num_columns + 0.6],

@@ -92,12 +92,11 @@ def mesh_figure(plan: Plan, title: str = "") -> Any:
     shown = (num_replicas, num_stages, num_parts)
     notes = [*mesh_words(plan).split("\n"), *_left_out(plan, shown)]
     degrees = f"{plan.dp} x {plan.pp} x {plan.tp}"
-    said = f"The mesh of {_count(plan.num_ranks, 'rank')}: dp x pp x tp = {degrees}"
-    figure = lay_out(figure, 40 + _ROW_PX * num_stages, title or said, notes)
+    said = f"{_count(plan.num_ranks, 'rank')}: dp x pp x tp = {degrees}"
+    figure = lay_out(figure, 40 + _ROW_PX * num_stages, title or said, notes, 88)
     figure.layout.annotations[-1].yshift = -12  # there is no axis above the notes
-    figure.layout.annotations[-1].xshift = 12 - 100
     return figure.update_layout(
-        height=figure.layout.height - 40, margin_b=figure.layout.margin.b - 40, margin_l=100, plot_bgcolor="white"
+        height=figure.layout.height - 40, margin_b=figure.layout.margin.b - 40, plot_bgcolor="white"
     )
 
 

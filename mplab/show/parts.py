@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from mplab.errors import MplabError
@@ -36,6 +39,8 @@ def paragraph(role: str, text: str) -> str:
 
 def error_paragraph(error: BaseException) -> str:
     """An error as an alert, with the notes on it: which rank raised it, and in which action."""
+    if isinstance(error, KeyboardInterrupt):
+        return paragraph("alert", "Interrupted before it was done: what is drawn is what was there before.")
     return paragraph("alert", "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))
 
 
@@ -46,10 +51,11 @@ def as_output(explorer: Any, **kwargs: Any) -> Any:
 
 
 @cache
-def ruler_class() -> Any:
-    """The class of a widget that is not seen; its `width_px` is what the page has room for, as the browser says.
+def page_class() -> Any:
+    """The class of a widget that is not seen: what the page does for the box that it stands in.
 
-    A plotly figure alone would be 700 px wide until it is drawn again.
+    Its `width_px` is what the page has room for, as the browser says. It also names sliders and figures for those who
+    hear the page, and gives a button that was pressed by keyboard the focus back.
 
     Raises:
         MplabError: ipywidgets or anywidget is not installed.
@@ -58,24 +64,82 @@ def ruler_class() -> Any:
     import anywidget
     from traitlets import Int
 
-    class Ruler(anywidget.AnyWidget):
+    class Page(anywidget.AnyWidget):
         """As wide as the page, and of no height."""
 
-        _esm = """
-        function render({ model, el }) {
-          const watcher = new ResizeObserver(() => {
-            if (!el.clientWidth) return;
-            model.set("width_px", el.clientWidth);
-            model.save_changes();
-          });
-          watcher.observe(el);
-          return () => watcher.disconnect();
-        }
-        export default { render };
-        """
+        _esm = Path(__file__).with_name("page.js").read_text("utf-8")
         width_px = Int(0).tag(sync=True)
 
-    return Ruler
+    return Page
+
+
+def box_of(children: Iterable[Any], *figures: Any) -> Any:
+    """All of an explorer, below each other, with figures that are as wide as the page.
+
+    Args:
+        children: from above to below.
+        figures: those of them that are plotly's.
+    """
+    page = page_class()()
+
+    def fit(change: object) -> None:
+        for figure in figures:
+            # Plotly puts a second legend where it would be in the plot that was there before: so once more, but not
+            # while the page draws it for the first time, which would leave it empty.
+            if figure.layout.width is not None:
+                figure.layout.width = page.width_px - 1
+            figure.layout.width = page.width_px
+
+    page.observe(fit, names="width_px")
+    return ipywidgets_module().VBox([page, *children])
+
+
+def grid(children: Sequence[Any], least_px: int) -> Any:
+    """Controls side by side where the page is wide enough, below each other where it is not.
+
+    Args:
+        children: line by line.
+        least_px: that each of them needs.
+    """
+    columns = f"repeat(auto-fit, minmax(min({least_px}px, 100%), 1fr))"
+    return ipywidgets_module().GridBox(children, layout={"grid_template_columns": columns, "width": "100%"})
+
+
+def run_button(name: str, does: str) -> Any:
+    """The button that really runs what is drawn.
+
+    Args:
+        name: on it.
+        does: what it does, for whoever waits over it.
+    """
+    return ipywidgets_module().Button(description=name, icon="play", button_style="primary", tooltip=does)
+
+
+@contextmanager
+def errors_in(result: Any) -> Iterator[None]:
+    """Show an error in an HTML widget: one that leaves a callback goes to a log."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        result.value = error_paragraph(error)
+
+
+@contextmanager
+def pressed(button: Any, result: Any, meanwhile: str = "Running …") -> Iterator[None]:
+    """What a button does: until it is done, the button says so and can't be pressed; an error is shown.
+
+    Args:
+        button: which has its name again after it.
+        result: an HTML widget, for an error.
+        meanwhile: the name of the button until then.
+    """
+    name = button.description
+    button.disabled, button.description = True, meanwhile
+    try:
+        with errors_in(result):
+            yield
+    finally:
+        button.disabled, button.description = False, name
 
 
 def wide() -> dict[str, Any]:

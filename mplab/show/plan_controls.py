@@ -11,7 +11,8 @@ from mplab.plan.layout import Plan
 from mplab.plan.machines import MACHINES, Machine
 from mplab.plan.partition import check_cuts
 from mplab.plan.schedule import ORDERS
-from mplab.plan.share import Stages, bounds
+from mplab.plan.search import divisors
+from mplab.plan.stages import Stages, bounds, layer_names
 from mplab.plan.transformer import GPT3, Transformer
 from mplab.show.cut_bar import cut_bar_class, shares
 from mplab.show.parts import ipywidgets_module
@@ -121,7 +122,7 @@ class PlanControls:
         if self.machine.value != HERE:
             return [MACHINES[self.machine.value]]
         cores = self._here.num_devices
-        counts = [n for n in _divisors(self._world_size_max) if n <= cores or n % cores == 0]
+        counts = [n for n in divisors(self._world_size_max) if n <= cores or n % cores == 0]
         return [self._here.with_ranks(n) for n in counts]
 
     @property
@@ -202,7 +203,7 @@ class PlanControls:
             ("num_microbatches", self.num_microbatches, self.batch_size),
         ):
             value = slider.value if plan is None else getattr(plan, name)
-            options = _divisors(most)
+            options = divisors(most)
             if plan is None:
                 value = max(option for option in options if option <= value)
             slider.options = sorted({*options, value})
@@ -245,12 +246,3 @@ class PlanControls:
         else:
             self._cuts_of[self._bar_shows] = cuts
         self._changed(change)
-
-
-def layer_names(model: Transformer) -> list[str]:
-    """Of the chain."""
-    return ["embedding", *(f"blocks.{i}" for i in range(model.num_layers)), "head"]
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any
 
 from mplab.errors import MplabError
@@ -11,23 +10,21 @@ from mplab.plan.layout import Plan
 from mplab.plan.machines import Machine
 from mplab.plan.predict import Prediction, predict
 from mplab.plan.search import search
-from mplab.plan.share import Stages, bounds, share_of
 from mplab.plan.transformer import Transformer
 from mplab.show.figures import graph_objects
-from mplab.show.parts import as_output, error_paragraph, ipywidgets_module, paragraph, ruler_class
-from mplab.show.plan_controls import HERE, MOST_HANDLES, PlanControls, layer_names
-from mplab.show.plan_figure import MEMORY_PARTS, PARTS, MeasuredParts, plan_figure, redraw_plan
+from mplab.show.parts import as_output, box_of, errors_in, grid, ipywidgets_module, paragraph, pressed, run_button
+from mplab.show.plan_controls import HERE, MOST_HANDLES, PlanControls
+from mplab.show.plan_figure import MeasuredParts, plan_figure, redraw_plan
 from mplab.show.plan_run import PlanRun, measured_machine, run_plan, sizes_of
 from mplab.show.plan_timeline import PredictedStep, layer_times, predicted_step
-from mplab.show.redraw import replace, widget_of
-from mplab.trace.compare import PREDICTED, ROW_PX, Comparison
-from mplab.trace.figure import Band, draw_bands
+from mplab.show.plan_words import prediction_words, run_words
+from mplab.show.redraw import redraw, replace, widget_of
+from mplab.trace.compare import MEASURED, PREDICTED, ROW_PX, Comparison
+from mplab.trace.figure import Band, bands_json
 from mplab.trace.units import format_s
-from mplab.world.probe import format_rate
 
 MAX_RUN_S = 10.0
 LARGEST_RANKS = 8  # of this machine
-_NOTHING_S = 1e-10  # what rounding leaves of a part that is not there
 _ROW_PX = 44  # of a machine that is not here: nothing will be measured below
 
 
@@ -66,17 +63,12 @@ class PlanExplorer:
         widgets, go = ipywidgets_module(), graph_objects()
         self._config, self._num_steps = config or GPTConfig(num_layers=4), num_steps
         _check_start(batch_size, world_size_max, num_steps)
-        here = machine or measured_machine(self._config, batch_size)
+        here = machine or self._measured_machine(batch_size)
         self.controls = PlanControls(sizes_of(self._config), batch_size, here, world_size_max, self._changed)
         self.best_button = widgets.Button(
             description="Best", icon="bullseye", tooltip="The plan that should be fastest of all that fit the memory"
         )
-        self.run_button = widgets.Button(
-            description="Run it",
-            icon="play",
-            button_style="primary",
-            tooltip=f"Train {1 + num_steps} steps on this machine, laid out like this",
-        )
+        self.run_button = run_button("Run it", f"Train {1 + num_steps} steps on this machine, laid out like this")
         # Heights are kept free, so that the figures stay where they are while the texts change.
         self.words = widgets.HTML()
         self.result = widgets.HTML(layout={"min_height": "6.5em"})
@@ -86,22 +78,25 @@ class PlanExplorer:
         self._step = self._draw_all_but_figures()
         self.figure = go.FigureWidget(plan_figure(*self._shown(None)))
         self.figure.update_layout(autosize=True)
-        self.timeline_figure = widget_of(self._timeline(None))
+        self.timeline_figure = widget_of(graph_objects().Figure(self._timeline(None)))
         self.best_button.on_click(self._best)
         self.run_button.on_click(self._run)
-        self.ruler = ruler_class()()
-        self.ruler.observe(self._fit, names="width_px")
-        self.box = widgets.VBox(
-            [self.ruler, *self._controls(widgets), self.words, self.figure, self.result, self.timeline_figure]
-        )
+        shown = [*self._controls(widgets), self.words, self.figure, self.result, self.timeline_figure]
+        self.box = box_of(shown, self.figure, self.timeline_figure)
+
+    def _measured_machine(self, batch_size: int) -> Machine:
+        try:
+            return measured_machine(self._config, batch_size)
+        except KeyboardInterrupt as error:
+            error.add_note("This machine was being measured. PlanExplorer(machine=...) takes figures that there are.")
+            raise
 
     def _controls(self, widgets: Any) -> list[Any]:
         of = self.controls
         pairs = [of.model, of.machine, of.dp, of.schedule, of.pp, of.num_microbatches, of.tp, of.zero]
-        grid = {"grid_template_columns": "repeat(auto-fit, minmax(min(310px, 100%), 1fr))", "width": "100%"}
         row = {"align_items": "center", "flex_flow": "row wrap"}
         switches = [of.sequence_parallel, of.recompute, self.best_button, self.run_button]
-        return [widgets.GridBox(pairs, layout=grid), of.bar, widgets.HBox(switches, layout=row)]
+        return [grid(pairs, 310), of.bar, widgets.HBox(switches, layout=row)]
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return as_output(self, **kwargs)
@@ -147,31 +142,21 @@ class PlanExplorer:
     def _changed(self) -> None:
         if not hasattr(self, "timeline_figure"):
             return  # it is being made
-        try:
-            self._prediction = self.prediction
-            self._step = self._draw_all_but_figures()
-            self._draw(None)
-        except MplabError as error:
-            self.run_button.disabled = True
-            self.words.value = paragraph("status", f"{error}\nDrawn is still: {self._prediction.plan}.")
-            self.result.value = self._why_not()
-        except (Exception, KeyboardInterrupt) as error:
-            self.result.value = error_paragraph(error)
+        with errors_in(self.result):
+            try:
+                self._prediction = self.prediction
+            except MplabError as error:
+                self.run_button.disabled = True
+                self.words.value = paragraph("status", f"{error}\nDrawn is still: {self._prediction.plan}.")
+                self.result.value = self._why_not()
+            else:
+                self._step = self._draw_all_but_figures()
+                self._draw(None)
 
     def _best(self, button: object) -> None:
-        self.best_button.disabled, self.best_button.description = True, "Searching …"
-        try:
+        with pressed(self.best_button, self.result, "Searching …"):
             found = [search(self.model, each, self.controls.batch_size)[0] for each in self.controls.machines()]
             self.plan = min(found, key=lambda prediction: prediction.step_s).plan
-        except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
-            self.result.value = error_paragraph(error)
-        finally:
-            self.best_button.disabled, self.best_button.description = False, "Best"
-
-    def _fit(self, change: object) -> None:
-        """A figure alone would be 700 px wide until it is drawn again."""
-        for figure in (self.figure, self.timeline_figure):
-            figure.layout.width = self.ruler.width_px
 
     # -- what is drawn -------------------------------------------------------------------------------------------------
 
@@ -190,8 +175,8 @@ class PlanExplorer:
         redraw_plan(self.figure, *self._shown(run))
         figure = self._timeline(run)
         with self.timeline_figure.batch_update():
-            self.timeline_figure.layout.yaxis.tickvals = figure.layout.yaxis.tickvals
-            self.timeline_figure.layout.yaxis.ticktext = figure.layout.yaxis.ticktext
+            rows = figure["layout"]["yaxis"]
+            redraw(self.timeline_figure.layout.yaxis, {name: rows[name] for name in ("tickvals", "ticktext")})
             replace(self.timeline_figure, figure)
 
     def _shown(self, run: PlanRun | None) -> tuple[Prediction, Machine, MeasuredParts | None, str]:
@@ -200,21 +185,22 @@ class PlanExplorer:
         machine = self.controls.machine_of(self._prediction.plan)
         return self._prediction, machine, None if run is None else run.parts, unmeasured
 
-    def _timeline(self, run: PlanRun | None) -> Any:
+    def _timeline(self, run: PlanRun | None) -> dict[str, Any]:
         predicted, step_s = self._step.timeline, format_s(self._prediction.step_s)
+        bands, notes, row_px = [(predicted.events, PREDICTED)], predicted.notes, ROW_PX
+        title = f"Predicted {step_s}, not measured yet"
         if run is not None:
-            figure = Comparison(predicted, run.step).figure()
+            bands.append((run.step.events, MEASURED))
+            notes = Comparison(predicted, run.step).notes
             measured_s = format_s(max(event.end_s for event in run.step.events))
-            figure.layout.title.text = f"Median step: predicted {step_s}, measured {measured_s}"
-        elif self.controls.is_here:
-            title = f"Predicted {step_s}, not measured yet"
-            figure = draw_bands([(predicted.events, PREDICTED)], predicted.num_ranks, predicted.notes, title, ROW_PX)
-        else:
-            band = Band(height=0.8, is_outlined=True)
+            title = f"Median step: predicted {step_s}, measured {measured_s}"
+        elif not self.controls.is_here:
+            bands, row_px = [(predicted.events, Band(height=0.8, is_outlined=True))], _ROW_PX
             title = f"Predicted {step_s} a step"
-            figure = draw_bands([(predicted.events, band)], predicted.num_ranks, predicted.notes, title, _ROW_PX)
-        figure.update_yaxes(ticktext=self._step.rows)
-        return figure.update_layout(autosize=True)
+        figure = bands_json(bands, predicted.num_ranks, notes, title, row_px)
+        figure["layout"]["yaxis"]["ticktext"] = self._step.rows
+        figure["layout"]["autosize"] = True
+        return figure
 
     def describe(self) -> str:
         """What is drawn in words: the step and its parts, what a rank holds and sends; or why the plan can't be."""
@@ -224,30 +210,8 @@ class PlanExplorer:
             return str(error)
 
     def _words(self, prediction: Prediction) -> str:
-        plan, of, memory = prediction.plan, self.controls, prediction.memory
-        machine = of.machine_of(plan)
-        size = share_of(plan, of.sizes, of.batch_size).size
-        parts = [f"{name} {format_s(s)}" for name in PARTS if (s := getattr(prediction, f"{name}_s")) > _NOTHING_S]
-        held = [f"{name} {_bytes(getattr(memory, f'{name}_bytes'))}" for name in MEMORY_PARTS]
-        sent = [
-            f"{_bytes(size_bytes)} on the {name} axis"
-            for name in ("tensor", "pipeline", "data")
-            if (size_bytes := getattr(prediction, f"{name}_bytes"))
-        ]
-        fits = "It fits." if prediction.fits else "It does not fit."
-        lines = [
-            f"{plan}. {of.model.label}, {of.sizes.num_parameters:,} parameters, {of.batch_size:,} samples a "
-            f"step, {size} a micro-batch, on {machine.name}.",
-            f"Predicted: {format_s(prediction.step_s)} a step: {', '.join(parts)}.",
-            f"The rank that holds the most needs {_bytes(memory.total_bytes)} ({', '.join(held)}); it has "
-            f"{_bytes(machine.rank_memory_bytes)}. {fits}",
-            f"In a step a rank sends up to {' and '.join(sent)}." if sent else "Nothing is sent.",
-        ]
-        if 1 < plan.num_stages <= MOST_HANDLES + 1:
-            names = layer_names(of.sizes)
-            ends = bounds(Stages(of.sizes, plan.tp, plan.pp, plan.num_stages, plan.cuts))
-            lines.append(f"Stages: {', '.join(_from_to(names[start:end]) for start, end in ends)}.")
-        return "\n".join(lines)
+        of = self.controls
+        return prediction_words(prediction, of.sizes, of.batch_size, of.machine_of(prediction.plan), of.model.label)
 
     def _why_not(self) -> str:
         """Why it can't run; nothing where it can, or could with another plan."""
@@ -261,8 +225,7 @@ class PlanExplorer:
     # -- the real thing ------------------------------------------------------------------------------------------------
 
     def _run(self, button: object) -> None:
-        self.run_button.disabled, self.run_button.description = True, "Running …"
-        try:
+        with pressed(self.run_button, self.result):
             all_s = (1 + self._num_steps) * self._prediction.step_s
             if all_s > MAX_RUN_S:
                 raise MplabError(
@@ -271,35 +234,7 @@ class PlanExplorer:
                 )
             run = run_plan(self._prediction.plan, self._config, self.controls.batch_size, self._num_steps)
             self._draw(run)
-            self.result.value = paragraph("status", self._result_words(run))
-        except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
-            self.result.value = error_paragraph(error)
-        finally:
-            self.run_button.disabled, self.run_button.description = False, "Run it"
-
-    def _result_words(self, run: PlanRun) -> str:
-        prediction, middle_s, parts = self._prediction, median(run.times_s), run.parts
-        away_s = prediction.step_s - prediction.compute_s - prediction.update_s
-        return "\n".join(
-            [
-                f"{len(run.losses)} steps really ran, the first to warm up. Median step: {format_s(middle_s)} measured "
-                f"(from {format_s(min(run.times_s))} to {format_s(max(run.times_s))}), "
-                f"{format_s(prediction.step_s)} predicted: {middle_s / prediction.step_s:.3g} times as long.",
-                f"Computing {format_s(parts.compute_s)} measured, {format_s(prediction.compute_s)} predicted; messages "
-                f"and waiting {format_s(parts.away_s)}, {format_s(away_s)} predicted; update "
-                f"{format_s(parts.update_s)}, {format_s(prediction.update_s)} predicted; means of the ranks.",
-                f"The loss went from {run.losses[0]:.4f} to {run.losses[-1]:.4f}, as on one rank alone: the losses "
-                f"differ by {run.difference:.2g} at most.",
-            ]
-        )
-
-
-def _from_to(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-
-
-def _bytes(size: float) -> str:
-    return format_rate(size, "B")
+            self.result.value = paragraph("status", run_words(self._prediction, run))
 
 
 def _check_start(batch_size: int, world_size_max: int, num_steps: int) -> None:

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 from mplab.plan.machines import Machine
 from mplab.plan.predict import Prediction
 from mplab.plan.zero import Memory
-from mplab.show.figures import MEMORY_LOOKS, BarLook, graph_objects, lay_out
-from mplab.trace.figure import wrapped
+from mplab.show.figures import BAR_TEXT, FITTING_TEXT, MEMORY_LOOKS, BarLook, graph_objects, lay_out
+from mplab.show.redraw import redraw
+from mplab.trace.frame import wrapped
 from mplab.trace.units import format_s, unit_of
 from mplab.world.probe import format_rate
 
 PARTS = ("compute", "bubble", "tensor", "pipeline", "data", "update")
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations")
-_PLOT_PX, _LEFT_PX, _NOTES_LEFT_PX = 310, 84, 14
-_NARROW_PLOT_PX = 460  # what the bars get in a figure 600 px wide
+_PLOT_PX, _LEFT_PX, _RIGHT_PX = 340, 72, 66  # beyond the bars stand their sums
 _MEMORY_ROW = 0.0
 _AWAY = "messages, and waiting for them"
 _TIME_ROWS = (0.0, 1.0)  # predicted, measured
-_ROOM = 1.17  # of an axis, for the sums
-_NOTE_LINES = 5
+_ROOM = 1.02  # of an axis, beyond the bars
+_NOTE_LINES = 8
 _FAR = 2.5  # times what a rank holds: a memory beyond that is named, not drawn
 
 
@@ -79,6 +79,7 @@ def plan_figure(
         for name in names:
             _add_bar(figure, name, row, kind)
     sums = {"mode": "text", "textposition": "middle right", "hoverinfo": "skip", "showlegend": False}
+    sums |= {"cliponaxis": False}
     figure.add_scatter(y=[_MEMORY_ROW], **sums)
     figure.add_scatter(y=_TIME_ROWS, xaxis="x2", yaxis="y2", **sums)
     figure.add_shape(type="line", y0=-0.62, y1=0.5, line={"color": "black", "width": 2.5})
@@ -86,13 +87,14 @@ def plan_figure(
     plain = {"showgrid": False, "zeroline": False}
     figure.update_layout(
         barmode="overlay",
-        legend2={"orientation": "h", "x": 0, "y": 0.35, "yanchor": "bottom"},
+        uniformtext=FITTING_TEXT,
+        legend2={"orientation": "h", "x": 0, "y": 0.31, "yanchor": "bottom"},
         xaxis={"anchor": "y", "zeroline": False, "title": {"standoff": 4}},
         yaxis={
             "tickvals": [_MEMORY_ROW],
             "ticktext": ["predicted"],
             "range": [0.5, -1.0],
-            "domain": [0.73, 1],
+            "domain": [0.76, 1],
             **plain,
         },
         xaxis2={"anchor": "y2", "zeroline": False, "title": {"standoff": 4}},
@@ -101,12 +103,11 @@ def plan_figure(
             "tickvals": _TIME_ROWS,
             "ticktext": ["predicted", "measured"],
             "range": [1.5, -0.5],
-            "domain": [0, 0.33],
+            "domain": [0, 0.3],
             **plain,
         },
     )
-    figure = lay_out(figure, _PLOT_PX, " ", ["-"] * _NOTE_LINES).update_layout(margin_l=_LEFT_PX)
-    figure.layout.annotations[-1].xshift = _NOTES_LEFT_PX - _LEFT_PX
+    figure = lay_out(figure, _PLOT_PX, "", ["-"] * _NOTE_LINES, _LEFT_PX, _RIGHT_PX)
     redraw_plan(figure, prediction, machine, measured, unmeasured, title)
     return figure
 
@@ -130,16 +131,16 @@ def redraw_plan(
         title: likewise.
     """
     fits = "fits" if prediction.fits else "does not fit"
-    said = f"{format_s(prediction.step_s)} a step predicted; {_bytes(prediction.memory_bytes)} on a rank: {fits}"
+    said = f"{format_s(prediction.step_s)} a step; {_bytes(prediction.memory_bytes)} a rank: {fits}"
     *bars, memory_sum, time_sums = figure.data
     memory_bars, time_bars = bars[: len(MEMORY_PARTS)], bars[len(MEMORY_PARTS) :]
     with figure.batch_update():
-        figure.layout.title.text = html.escape(title or said)
+        redraw(figure.layout, {"title.text": html.escape(title or said)})
         _redraw_memory(figure, memory_bars, memory_sum, prediction.memory, machine.rank_memory_bytes)
         _redraw_time(figure, time_bars, time_sums, prediction, measured, unmeasured)
-        notes = [*_say_machine(machine), f"hatched \\ in what was measured: {_AWAY}"]
+        notes = [*_say_machine(machine), f"measured, hatched \\: {_AWAY}"]
         lines = wrapped(notes)[:_NOTE_LINES]
-        figure.layout.annotations[-1].text = "<br>".join(map(html.escape, lines))
+        redraw(figure.layout.annotations[-1], {"text": "<br>".join(map(html.escape, lines))})
 
 
 def _redraw_memory(figure: Any, bars: Sequence[Any], sum_: Any, memory: Memory, has_bytes: float) -> None:
@@ -148,15 +149,16 @@ def _redraw_memory(figure: Any, bars: Sequence[Any], sum_: Any, memory: Memory, 
     end_bytes = _ROOM * (total if is_far else max(total, has_bytes))
     unit, unit_bytes = _unit_of(end_bytes)
     sizes = [(name, getattr(memory, f"{name}_bytes")) for name in MEMORY_PARTS]
-    _redraw_bars(bars, [("predicted", name, size, _bytes(size)) for name, size in sizes], unit_bytes, end_bytes)
-    sum_.x, sum_.text = [total / unit_bytes], [f"  <b>{_bytes(total)}</b>"]
+    _redraw_bars(bars, [("predicted", name, size, _bytes(size)) for name, size in sizes], unit_bytes)
+    redraw(sum_, {"x": [total / unit_bytes], "text": [f"  <b>{_bytes(total)}</b>"]})
     at, end = min(has_bytes, end_bytes) / unit_bytes, end_bytes / unit_bytes
     times = f", {has_bytes / total:,.3g} times as much →" if is_far else ""
-    figure.layout.shapes[0].update(x0=at, x1=at, opacity=0 if is_far else 1)
+    redraw(figure.layout.shapes[0], {"x0": at, "x1": at, "opacity": 0 if is_far else 1})
     side = "right" if at > 0.5 * end else "left"
-    figure.layout.annotations[0].update(x=at, text=f"a rank has {_bytes(has_bytes)}{times}", xanchor=side)
-    figure.layout.xaxis.update(range=[0, end])
-    figure.layout.xaxis.title.text = f"memory of the rank that holds the most, in {unit}"
+    said = f"a rank has {_bytes(has_bytes)}{times}"
+    redraw(figure.layout.annotations[0], {"x": at, "text": said, "xanchor": side})
+    says = f"memory of the rank that holds the most, in {unit}"
+    redraw(figure.layout.xaxis, {"range": [0, end], "title.text": says})
 
 
 def _redraw_time(
@@ -172,20 +174,18 @@ def _redraw_time(
     end_s = _ROOM * max(totals_s)
     taken = [("predicted", name, getattr(prediction, f"{name}_s")) for name in PARTS]
     taken += [("measured", name, s) for name, s in zip(_MEASURED, measured or (0.0,) * 3, strict=True)]
-    _redraw_bars(bars, [(*part, format_s(part[2])) for part in taken], unit_s, end_s)
-    sums.x = [total_s / unit_s for total_s in totals_s]
-    sums.text = [f"  <b>{format_s(total_s)}</b>" if total_s else f"  {unmeasured}" for total_s in totals_s]
-    figure.layout.xaxis2.update(range=[0, end_s / unit_s])
-    figure.layout.xaxis2.title.text = f"one step: time in {unit}"
+    _redraw_bars(bars, [(*part, format_s(part[2])) for part in taken], unit_s)
+    said = [f"  <b>{format_s(total_s)}</b>" if total_s else f"  {unmeasured}" for total_s in totals_s]
+    redraw(sums, {"x": [total_s / unit_s for total_s in totals_s], "text": said})
+    redraw(figure.layout.xaxis2, {"range": [0, end_s / unit_s], "title.text": f"one step: time in {unit}"})
 
 
-def _redraw_bars(bars: Sequence[Any], parts: list[tuple[str, str, float, str]], unit: float, end: float) -> None:
+def _redraw_bars(bars: Sequence[Any], parts: list[tuple[str, str, float, str]], unit: float) -> None:
     """Each part, (kind, name, length, in words), from where the one before of its kind ended."""
     before = dict.fromkeys([kind for kind, *_ in parts], 0.0)
     for bar, (kind, name, length, said) in zip(bars, parts, strict=True):
-        bar.x, bar.base = [length / unit], [before[kind] / unit]
-        bar.text = [said if _NARROW_PLOT_PX * length / end > 58 else ""]
-        bar.hovertext = [f"{name}, {kind}: {said}"]
+        at = {"x": [length / unit], "base": [before[kind] / unit]}
+        redraw(bar, {**at, "text": [said if length else ""], "hovertext": [f"{name}, {kind}: {said}"]})
         before[kind] += length
 
 
@@ -198,10 +198,7 @@ def _add_bar(figure: Any, name: str, row: float, kind: str) -> None:
         showlegend=is_predicted,
         y=[row],
         width=0.8,
-        textposition="inside",
-        insidetextanchor="middle",
-        constraintext="none",
-        textangle=0,
+        **BAR_TEXT,
         textfont={"size": 11, "color": "black" if is_predicted else look.text},
         hoverinfo="text",
         marker={

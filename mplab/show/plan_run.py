@@ -15,7 +15,7 @@ from mplab.models import GPT, GPTConfig
 from mplab.parallel import HybridParallel, measure_plans
 from mplab.plan.layout import Plan
 from mplab.plan.machines import Machine
-from mplab.plan.share import share_of
+from mplab.plan.stages import share_of
 from mplab.plan.transformer import Transformer
 from mplab.show.plan_figure import MeasuredParts
 from mplab.trace.compare import median_step, steps
@@ -72,7 +72,8 @@ def measured_machine(config: GPTConfig, batch_size: int) -> Machine:
     plans = [plan for plan in CALIBRATION if _can_be(plan, sizes, batch_size)]
     taken_s = measure_plans(model, plans, a_batch(config, batch_size), _NUM_ROUNDS, _NUM_STEPS)
     steps_s = {plan: median(seconds) for plan, seconds in taken_s.items()}
-    return calibrated(described(dataclasses.replace(probe(), gpus=())), sizes, batch_size, steps_s)
+    found = calibrated(described(dataclasses.replace(probe(), gpus=())), sizes, batch_size, steps_s)
+    return dataclasses.replace(found, source=f"{found.source}, and steps of training")
 
 
 def _can_be(plan: Plan, model: Transformer, batch_size: int) -> bool:

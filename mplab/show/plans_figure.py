@@ -27,7 +27,7 @@ def plans_figure(
     """Every plan a mark: predicted step time across, measured up, its median with the range of all rounds.
 
     On the dashed line a plan takes what was predicted. The plan that was predicted to be the fastest and the one that
-    was measured to be it are pointed out.
+    was measured to be it have rings around them.
 
     Args:
         predictions: of the plans, in any order; those that were not measured are left out.
@@ -78,11 +78,14 @@ def plans_figure(
         x=ends, y=ends, mode="lines", name="as predicted", line={"color": "black", "dash": "dash", "width": 1}
     )
     first, best = shown[0].plan, min(medians, key=medians.__getitem__)
+    rings = {"first predicted": first} | {"best measured": best}
     if first == best:
-        _point_out(figure, predicted[first], medians[first], "first predicted, best measured", 1)
-    else:
-        _point_out(figure, predicted[first], medians[first], "first predicted", -1)
-        _point_out(figure, predicted[best], medians[best], "best measured", 1)
+        rings = {"first predicted, best measured": first}
+    for (name, plan), symbol in zip(rings.items(), ("circle", "square"), strict=False):
+        line = {"color": "black", "width": 2.5}
+        ring = {"symbol": symbol, "size": 21, "color": "rgba(0, 0, 0, 0)", "line": line}
+        at = {"x": [predicted[plan]], "y": [medians[plan]]}
+        figure.add_scatter(**at, mode="markers", name=name, marker=ring, hoverinfo="skip")
     figure.update_layout(
         xaxis={**axis, **_marks(ends), "title": {"text": "predicted time of a step", "standoff": 6}},
         yaxis={**axis, **_marks(ends), "title": {"text": "measured time of a step", "standoff": 4}},
@@ -113,24 +116,6 @@ def _kind(plan: Plan) -> str:
 def _hover(plan: Plan, predicted_s: float, times_s: Sequence[float]) -> str:
     spread = f"from {format_s(min(times_s))} to {format_s(max(times_s))}"
     return f"<b>{plan}</b><br>predicted {format_s(predicted_s)}<br>measured {format_s(median(times_s))}, {spread}"
-
-
-def _point_out(figure: Any, x: float, y: float, text: str, side: int) -> None:
-    """An arrow from below on the right (1), or from above on the left (-1), where few marks are."""
-    figure.add_annotation(
-        x=math.log10(x),
-        y=math.log10(y),
-        text=text,
-        ax=46 * side,
-        ay=46 * side,
-        xanchor="left" if side > 0 else "right",
-        arrowhead=2,
-        arrowwidth=1.5,
-        standoff=6,
-        bgcolor="rgba(255, 255, 255, 0.85)",
-        bordercolor="black",
-        borderpad=2,
-    )
 
 
 def _marks(ends: Sequence[float]) -> dict[str, Any]:

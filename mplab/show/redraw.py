@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mplab.show.figures import graph_objects, lay_out
 from mplab.trace.compare import PREDICTED, ROW_PX, Comparison
-from mplab.trace.figure import draw_bands
+from mplab.trace.figure import bands_json
 from mplab.trace.timeline import Timeline
 from mplab.trace.units import format_s
 
@@ -29,31 +29,35 @@ class Timelines:
 
     def __init__(self, predicted: Timeline) -> None:
         self._above_px = self._below_px = 0.0  # of the rows
-        self._keep_room(Comparison(predicted, predicted).figure(), predicted.num_ranks)  # for what will be measured
-        self.widget = widget_of(self._figure(predicted, None))
+        # Room for what will be measured, too.
+        self._keep_room(Comparison(predicted, predicted).figure().to_plotly_json(), predicted.num_ranks)
+        self.widget = widget_of(graph_objects().Figure(self._figure(predicted, None)))
 
     def draw(self, predicted: Timeline, measured: Timeline | None = None) -> None:
         """Draw another step, of as many ranks."""
         replace(self.widget, self._figure(predicted, measured))
 
-    def _figure(self, predicted: Timeline, measured: Timeline | None) -> Any:
+    def _figure(self, predicted: Timeline, measured: Timeline | None) -> dict[str, Any]:
         if measured is None:
             title = f"Predicted {format_s(predicted.makespan_s)}, not measured yet"
             bands = [(predicted.events, PREDICTED)]
-            figure = draw_bands(bands, predicted.num_ranks, predicted.notes, title, ROW_PX)
+            figure = bands_json(bands, predicted.num_ranks, predicted.notes, title, ROW_PX)
         else:
-            figure = Comparison(predicted, measured, title=measured.title or "Last step").figure()
+            compared = Comparison(predicted, measured, title=measured.title or "Last step").figure()
+            figure = compared.to_plotly_json()
         self._keep_room(figure, predicted.num_ranks)
         return figure
 
-    def _keep_room(self, figure: Any, num_ranks: int) -> None:
+    def _keep_room(self, figure: dict[str, Any], num_ranks: int) -> None:
         """As much room above and below the rows as any figure before it had, so that they stay where they are."""
-        layout = figure.layout
-        self._above_px, self._below_px = max(self._above_px, layout.margin.t), max(self._below_px, layout.margin.b)
-        before_px, height_px = layout.height, ROW_PX * num_ranks + self._above_px + self._below_px
-        for part in (layout.title, layout.legend):  # their places are shares of the height
-            part.y = 1 - (1 - part.y) * before_px / height_px
-        figure.update_layout(autosize=True, height=height_px, margin_t=self._above_px, margin_b=self._below_px)
+        layout = figure["layout"]
+        margin, before_px = layout["margin"], layout["height"]
+        self._above_px, self._below_px = max(self._above_px, margin["t"]), max(self._below_px, margin["b"])
+        height_px = ROW_PX * num_ranks + self._above_px + self._below_px
+        for part in (layout["title"], layout["legend"]):  # their places are shares of the height
+            part["y"] = 1 - (1 - part["y"]) * before_px / height_px
+        layout |= {"autosize": True, "height": height_px}
+        margin |= {"t": self._above_px, "b": self._below_px}
 
 
 class Loss(NamedTuple):
@@ -124,17 +128,37 @@ def widget_of(figure: Any) -> Any:
     return go.FigureWidget([*bars, *empty, *others], figure.layout)
 
 
-def replace(widget: Any, figure: Any) -> None:
-    """Draw another figure on a widget, in the places that it has for bars and for the rest."""
-    left = [trace.to_plotly_json() for trace in figure.data]
+def replace(widget: Any, figure: Mapping[str, Any]) -> None:
+    """Draw another figure, as plotly's JSON, on a widget, in the places that it has for bars and for the rest."""
+    left = [*figure["data"]]
     with widget.batch_update():
         for place in widget.data:
             new = next((trace for trace in left if trace["type"] == place.type), None)
             if new is not None:
                 left.remove(new)
-                place.update({"visible": True, **new}, overwrite=True)
-            elif place.visible is not False:
-                place.visible = False
-        for part in _CHANGING:
-            widget.layout[part] = figure.layout[part]
+                redraw(place, {"visible": True, **new})
+            else:
+                redraw(place, {"visible": False})
+        redraw(widget.layout, {part: _part(figure["layout"], part) for part in _CHANGING})
     assert not left, "there are places for all"
+
+
+def _part(layout: Mapping[str, Any], path: str) -> Any:
+    part: Any = layout
+    for name in path.split("."):
+        part = (part or {}).get(name)
+    return part
+
+
+def redraw(place: Any, values: Mapping[str, Any]) -> None:
+    """Set those properties of a trace, or of a layout, that differ: a slider waits while each is checked and sent."""
+    for name, value in values.items():
+        if _plain(place[name]) != _plain(value):
+            place[name] = value
+
+
+def _plain(value: Any) -> Any:
+    """Plotly holds lists as tuples, and what has parts as an object."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value)) if value and hasattr(value[0], "to_plotly_json") else tuple(value)
+    return value.to_plotly_json() if hasattr(value, "to_plotly_json") else value

@@ -18,7 +18,7 @@ from mplab.plan.partition import check_cuts
 from mplab.show.cut_bar import cut_bar_class, shares
 from mplab.show.figures import format_bytes
 from mplab.show.forecast import Choice, Forecast, Forecaster
-from mplab.show.parts import as_output, error_paragraph, ipywidgets_module, paragraph
+from mplab.show.parts import as_output, box_of, errors_in, ipywidgets_module, paragraph, pressed, run_button
 from mplab.show.redraw import Loss, Timelines, loss_curve, replace, widget_of
 from mplab.show.training import Run, Training
 from mplab.trace.units import format_s
@@ -101,12 +101,7 @@ class SplitExplorer:
         self.best_button = widgets.Button(
             description="Best", icon="bullseye", tooltip="Cut where the slowest stage is as fast as can be"
         )
-        self.run_button = widgets.Button(
-            description="Run",
-            icon="play",
-            button_style="primary",
-            tooltip=f"Train {num_steps} steps on this machine, cut like this",
-        )
+        self.run_button = run_button("Run", f"Train {num_steps} steps on this machine, cut like this")
         choice = Choice((), schedule, num_microbatches, False)
         if cuts is not None:
             cuts = check_cuts(cuts, names, self._forecaster.schedule(choice).num_stages)
@@ -122,11 +117,10 @@ class SplitExplorer:
         for control in (self.num_microbatches, self.schedule, self.recompute):
             control.observe(self._changed, names="value")
         self.bar.observe(self._changed, names="cuts")
-        self.bar.observe(self._fit, names="width_px")
         self.best_button.on_click(self._best)
         self.run_button.on_click(self._run)
         row = {"align_items": "center", "flex_flow": "row wrap"}
-        self.box = widgets.VBox(
+        self.box = box_of(
             [
                 self.bar,
                 widgets.HBox([self.num_microbatches, self.schedule], layout=row),
@@ -135,7 +129,9 @@ class SplitExplorer:
                 self.figure,
                 self.result,
                 self.loss_figure,
-            ]
+            ],
+            self.figure,
+            self.loss_figure,
         )
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
@@ -172,7 +168,7 @@ class SplitExplorer:
         return self._forecaster.forecast(self.choice)
 
     def _changed(self, change: object) -> None:
-        try:
+        with errors_in(self.result):
             num_stages = self._forecaster.schedule(self.choice).num_stages
             if len(self.cuts) + 1 != num_stages:
                 # Other stages, other handles; moving them calls this again.
@@ -183,13 +179,6 @@ class SplitExplorer:
                 self.words.value = paragraph("status", "Every layer is measured with micro-batches of this size …")
             self._forecast = self._say()
             self._timelines.draw(self._forecast.timeline)
-        except (Exception, KeyboardInterrupt) as error:
-            self.result.value = error_paragraph(error)
-
-    def _fit(self, change: object) -> None:
-        """A figure alone would be 700 px wide until it is drawn again."""
-        for figure in (self.figure, self.loss_figure):
-            figure.layout.width = self.bar.width_px
 
     def _best(self, button: object) -> None:
         self.bar.cuts = list(self._forecaster.best(self.choice))
@@ -253,19 +242,14 @@ class SplitExplorer:
 
     def _run(self, button: object) -> None:
         choice = self.choice
-        self.run_button.disabled, self.run_button.description = True, "Running …"
-        try:
+        with pressed(self.run_button, self.result):
             run = self._training.run(choice, self._num_steps)
             self._num_runs += 1
             how = f"{SPOKEN[choice.schedule]}, {choice.num_microbatches} micro-batches, cut {self._where(choice.cuts)}"
             self._losses += [Loss(self._num_runs, loss, how) for loss in run.losses]
             self._timelines.draw(self._forecast.timeline, run.steps[-1])
-            replace(self.loss_figure, loss_curve(self._losses, self._num_steps))
+            replace(self.loss_figure, loss_curve(self._losses, self._num_steps).to_plotly_json())
             self.result.value = paragraph("status", self._result_words(run))
-        except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
-            self.result.value = error_paragraph(error)
-        finally:
-            self.run_button.disabled, self.run_button.description = False, "Run"
 
     def _result_words(self, run: Run) -> str:
         predicted_s, last_s = self._forecast.timeline.makespan_s, run.times_s[-1]

@@ -9,7 +9,17 @@ from mplab.errors import MplabError
 from mplab.plan.cost import Link
 from mplab.plan.tensor import Block, BlockTime, block_flops, block_traffic
 from mplab.show.figures import graph_objects
-from mplab.show.parts import as_output, error_paragraph, ipywidgets_module, paragraph, ruler_class, wide
+from mplab.show.parts import (
+    as_output,
+    box_of,
+    errors_in,
+    grid,
+    ipywidgets_module,
+    paragraph,
+    pressed,
+    run_button,
+    wide,
+)
 from mplab.show.tensor_figure import PAYING_WIDTHS, WIDTHS, say_link, tensor_times_figure
 from mplab.show.tensor_step import MAX_RANKS, BlockRun, measure_block_speeds, median_time, ranks_up_to, run_block
 from mplab.trace.units import format_s
@@ -22,7 +32,7 @@ MAX_RUN_S = 10.0
 LEVEL = 0.02  # times that differ by less are called equal
 # What two figures differ in; an axis that is replaced as a whole loses its range in the browser.
 _CHANGING = (
-    *("title.text", "title.y", "legend.y", "height", "margin.b", "annotations"),
+    *("title.text", "title.y", "legend.y", "height", "margin.t", "margin.b", "annotations"),
     *("yaxis.range", "xaxis2.range", "xaxis2.title.text", "yaxis2.ticktext"),
 )
 
@@ -83,12 +93,8 @@ class TensorExplorer:
         self.sequence = slider("sequence", sorted({*SEQUENCES, sequence}), sequence)
         self.num_ranks = slider("ranks", counts, num_ranks)
         self.link = slider("link", self._links, HERE if emulated is None else say_link(emulated))
-        self.run_button = widgets.Button(
-            description="Run it",
-            icon="play",
-            button_style="primary",
-            tooltip=f"Run the chosen block on this machine, {num_runs} times whole and as often cut",
-        )
+        does = f"Run the chosen block on this machine, {num_runs} times whole and as often cut"
+        self.run_button = run_button("Run it", does)
         # Heights are kept free, so that the figure stays where it is while the texts change.
         self.words = widgets.HTML(layout={"min_height": "11em"})
         self.result = widgets.HTML(layout={"min_height": "8em"})
@@ -98,13 +104,8 @@ class TensorExplorer:
         for control in (self.width, self.sequence, self.num_ranks, self.link):
             control.observe(self._changed, names="value")
         self.run_button.on_click(self._run)
-        self.ruler = ruler_class()()
-        self.ruler.observe(self._fit, names="width_px")
-        sliders = widgets.GridBox(
-            [self.width, self.num_ranks, self.sequence, self.link],
-            layout={"grid_template_columns": "repeat(auto-fit, minmax(400px, 1fr))", "width": "100%"},
-        )
-        self.box = widgets.VBox([self.ruler, sliders, self.run_button, self.words, self.figure, self.result])
+        sliders = grid([self.width, self.num_ranks, self.sequence, self.link], 400)
+        self.box = box_of([sliders, self.run_button, self.words, self.figure, self.result], self.figure)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return as_output(self, **kwargs)
@@ -136,15 +137,10 @@ class TensorExplorer:
                 self.figure.layout[part] = figure.layout[part]
 
     def _changed(self, change: object) -> None:
-        try:
+        with errors_in(self.result):
             self.result.value = ""  # what was measured belonged to what was chosen before
             self.words.value = paragraph("status", self.describe())
             self._draw()
-        except (Exception, KeyboardInterrupt) as error:
-            self.result.value = error_paragraph(error)
-
-    def _fit(self, change: object) -> None:
-        self.figure.layout.width = self.ruler.width_px
 
     # -- in words ------------------------------------------------------------------------------------------------------
 
@@ -178,8 +174,7 @@ class TensorExplorer:
     # -- the real thing ------------------------------------------------------------------------------------------------
 
     def _run(self, button: object) -> None:
-        self.run_button.disabled, self.run_button.description = True, "Running …"
-        try:
+        with pressed(self.run_button, self.result):
             all_s = (self._num_runs + 1) * sum(taken.total_s for taken in self.predicted())
             if all_s > MAX_RUN_S:
                 raise MplabError(
@@ -189,10 +184,6 @@ class TensorExplorer:
             run = run_block(self.block, self.num_ranks.value, self.emulated, self._num_runs)
             self._draw(run)
             self.result.value = paragraph("status", self._result_words(run))
-        except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
-            self.result.value = error_paragraph(error)
-        finally:
-            self.run_button.disabled, self.run_button.description = False, "Run it"
 
     def _result_words(self, run: BlockRun) -> str:
         num_ranks, predicted = self.num_ranks.value, self.predicted()

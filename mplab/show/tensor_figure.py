@@ -9,7 +9,7 @@ from typing import Any
 
 from mplab.plan.cost import Link
 from mplab.plan.tensor import Block, BlockTime
-from mplab.show.figures import LOOKS, BarLook, Look, graph_objects, lay_out, seconds_axis
+from mplab.show.figures import BAR_TEXT, FITTING_TEXT, LOOKS, BarLook, Look, graph_objects, lay_out, seconds_axis
 from mplab.show.parts import round_rate, round_s
 from mplab.show.tensor_step import BlockRun, BlockSpeeds, median_time
 from mplab.trace.units import format_s, unit_of
@@ -17,11 +17,10 @@ from mplab.world.probe import format_rate
 
 WIDTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 PAYING_WIDTHS = tuple(range(WIDTHS[0], WIDTHS[-1] + 1, 32))  # among which the smallest that pays is looked for
-_PLOT_PX = 480
+_PLOT_PX = 510
 _SHORTEST_S = 1e-9  # that a logarithmic axis shows
-_LEFT_PX, _NOTES_LEFT_PX = 120, 14  # of the axes, which have long names, and of the notes
+_LEFT_PX, _RIGHT_PX = 120, 72  # of the axes: on the left they have long names, on the right stand sums
 _ROWS = (0.0, 1.0, 2.3, 3.3)  # one rank predicted and measured, all ranks predicted and measured
-_NARROW_PLOT_PX = 430  # what the bars get in a figure 600 px wide
 
 
 _BARS = {
@@ -69,9 +68,8 @@ def tensor_times_figure(
         else f"{num_ranks} ranks, a core each",
         f"emulated link: {say_link(emulated)}" if emulated is not None else "messages go through memory",
     ]
-    figure = lay_out(figure, _PLOT_PX, title or _title(block, num_ranks, speeds, emulated), notes)
-    figure.layout.annotations[-1].xshift = _NOTES_LEFT_PX - _LEFT_PX
-    return figure.update_layout(margin_l=_LEFT_PX)
+    title = title or _title(block, num_ranks, speeds, emulated)
+    return lay_out(figure, _PLOT_PX, title, notes, _LEFT_PX, _RIGHT_PX)
 
 
 def say_link(link: Link) -> str:
@@ -102,7 +100,8 @@ def _cores(count: int) -> str:
 def _title(block: Block, num_ranks: int, speeds: BlockSpeeds, emulated: Link | None) -> str:
     width = speeds.smallest_paying_width(block, num_ranks, emulated, PAYING_WIDTHS)
     where = f"pay from width {width} on" if width else f"pay at no width up to {PAYING_WIDTHS[-1]}"
-    return f"{num_ranks} ranks {where}: {block.batch_size * block.sequence:,} tokens, {_over(emulated)}"
+    over = _over(emulated).replace(" ", "\xa0")  # it stays on one line
+    return f"{num_ranks} ranks {where}: {block.batch_size * block.sequence:,} tokens, {over}"
 
 
 def _over(emulated: Link | None) -> str:
@@ -159,11 +158,13 @@ def _draw_lines(figure: Any, block: Block, num_ranks: int, speeds: BlockSpeeds, 
             "type": "log",
             "title": {"text": "width of the block", "standoff": 4},
             "tickvals": WIDTHS,
-            "ticktext": [str(width) for width in WIDTHS],
+            "ticktext": ["" if i % 2 else str(width) for i, width in enumerate(WIDTHS)],
+            "tickangle": 0,
+            "tickfont": {"size": 11},
             "range": [math.log10(WIDTHS[0]) - margin, math.log10(WIDTHS[-1]) + margin],
             "anchor": "y",
         },
-        yaxis={**axis, "domain": [0.5, 1]},
+        yaxis={**axis, "domain": [0.53, 1]},
     )
     for (name, link), is_above in zip(links.items(), (False, True), strict=False):
         pays = speeds.smallest_paying_width(block, num_ranks, link, PAYING_WIDTHS)
@@ -196,7 +197,7 @@ def _mark(figure: Any, width: int, seconds: float, link: str, is_above: bool) ->
 def _draw_bars(figure: Any, num_ranks: int, predicted: Sequence[BlockTime], measured: Sequence[BlockTime]) -> None:
     longest_s = max(taken.total_s for taken in (*predicted, *measured))
     unit, unit_s = unit_of(longest_s)
-    end = longest_s * 1.18  # with room for the sums
+    end = longest_s * 1.02
     kinds = (("predicted", predicted, _ROWS[::2]), ("measured", measured, _ROWS[1::2]))
     for kind, times, rows in kinds:
         for number, (name, look) in enumerate(_BARS.items()):
@@ -211,11 +212,8 @@ def _draw_bars(figure: Any, num_ranks: int, predicted: Sequence[BlockTime], meas
                 x=[t / unit_s for t in lengths_s],
                 base=[number * taken.compute_s / unit_s for taken in times],
                 width=0.86,
-                text=[format_s(t) if _NARROW_PLOT_PX * t / end > 60 else "" for t in lengths_s],
-                textposition="inside",
-                insidetextanchor="middle",
-                constraintext="none",
-                textangle=0,
+                text=[format_s(t) if t else "" for t in lengths_s],
+                **BAR_TEXT,
                 textfont={"size": 11, "color": "black" if is_predicted else look.text},
                 hovertext=[
                     f"{who}, {kind}: {name}, {format_s(t)}"
@@ -236,6 +234,7 @@ def _draw_bars(figure: Any, num_ranks: int, predicted: Sequence[BlockTime], meas
         y=[row for row, _ in sums],
         text=[f"  <b>{format_s(t)}</b>" if t else "  not measured yet" for _, t in sums],
         mode="text",
+        cliponaxis=False,
         textposition="middle right",
         textfont={"size": 12},
         hoverinfo="skip",
@@ -246,9 +245,10 @@ def _draw_bars(figure: Any, num_ranks: int, predicted: Sequence[BlockTime], meas
     who = ("1 rank", f"{num_ranks} ranks")
     figure.update_layout(
         barmode="overlay",
-        legend2={"orientation": "h", "x": 0, "y": 0.335, "yanchor": "bottom"},
+        uniformtext=FITTING_TEXT,
+        legend2={"orientation": "h", "x": 0, "y": 0.315, "yanchor": "bottom"},
         xaxis2={
-            "title": {"text": f"one block, forward and backward: time in {unit}", "standoff": 6},
+            "title": {"text": f"block forward and backward, in {unit}", "standoff": 6},
             "range": [0, end / unit_s],
             "anchor": "y2",
         },
@@ -256,7 +256,7 @@ def _draw_bars(figure: Any, num_ranks: int, predicted: Sequence[BlockTime], meas
             "tickvals": _ROWS,
             "ticktext": [f"{who[i // 2]}, {('predicted', 'measured')[i % 2]}" for i in range(4)],
             "range": [_ROWS[-1] + 0.55, _ROWS[0] - 0.55],
-            "domain": [0, 0.32],
+            "domain": [0, 0.305],
             "anchor": "x2",
         },
     )

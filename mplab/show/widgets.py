@@ -16,7 +16,18 @@ from mplab.show.figures import (
     seconds_axis,
     spoken,
 )
-from mplab.show.parts import as_output, error_paragraph, ipywidgets_module, paragraph, round_rate, round_s, wide
+from mplab.show.parts import (
+    as_output,
+    box_of,
+    grid,
+    ipywidgets_module,
+    paragraph,
+    pressed,
+    round_rate,
+    round_s,
+    run_button,
+    wide,
+)
 from mplab.show.timing import time_all_reduce
 from mplab.trace.units import format_s
 
@@ -67,12 +78,7 @@ class CollectiveExplorer:
             description="algorithm",
             style={"button_width": "130px", "description_width": "95px"},
         )
-        self.button = widgets.Button(
-            description="Run it",
-            icon="play",
-            button_style="primary",
-            tooltip="Run the chosen all-reduce on this machine",
-        )
+        self.button = run_button("Run it", "Run the chosen all-reduce on this machine")
         # Heights are kept free, so that the figure stays where it is while the texts change.
         self.words = widgets.HTML(layout={"min_height": "4.5em"})
         self.result = widgets.HTML(layout={"min_height": "4.8em"})
@@ -98,14 +104,11 @@ class CollectiveExplorer:
         for control in (self.num_ranks, self.size_bytes, self.latency_s, self.bandwidth_bytes_s, self.algorithm):
             control.observe(self._redraw, names="value")
         self.button.on_click(self._run)
-        sliders = widgets.GridBox(
-            [self.num_ranks, self.latency_s, self.size_bytes, self.bandwidth_bytes_s],
-            layout={"grid_template_columns": "repeat(auto-fit, minmax(400px, 1fr))", "width": "100%"},
-        )
+        sliders = grid([self.num_ranks, self.latency_s, self.size_bytes, self.bandwidth_bytes_s], 400)
         choice = widgets.HBox(
             [self.algorithm, self.button], layout={"align_items": "flex-end", "flex_flow": "row wrap"}
         )
-        self.box = widgets.VBox([sliders, choice, self.words, self.result, self.figure])
+        self.box = box_of([sliders, choice, self.words, self.result, self.figure], self.figure)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return as_output(self, **kwargs)
@@ -133,7 +136,7 @@ class CollectiveExplorer:
             measured.marker.line.color = [ALGORITHM_LOOKS[name].color for name, _, _ in self._measured]
             every = [t for times in curves for t in times.values()] + [y for _, _, y in self._measured]
             self.figure.layout.yaxis.range = seconds_axis(every)["range"]
-            self.figure.layout.title.text = f"All-reduce over {num_ranks} ranks: predicted time over size"
+            self.figure.layout.title.text = f"All-reduce over {num_ranks} ranks: predicted times"
         self.words.value = paragraph("status", self.describe())
 
     def describe(self) -> str:
@@ -163,8 +166,7 @@ class CollectiveExplorer:
 
     def _run(self, button: object) -> None:
         name, num_ranks, size, link = self.algorithm.value, self.num_ranks.value, self.size_bytes.value, self.link
-        self.button.disabled, self.button.description = True, "Running …"
-        try:
+        with pressed(self.button, self.result):
             predicted_s = self.predicted_s()[name]
             if predicted_s > MAX_RUN_S:
                 raise MplabError(
@@ -182,10 +184,6 @@ class CollectiveExplorer:
                 f"{timing.sent_bytes[0]:,} bytes. {'; '.join(timing.notes)}."
             )
             self.result.value = paragraph("status", said)
-        except (Exception, KeyboardInterrupt) as error:  # shown here: an error in a callback would go to a log
-            self.result.value = error_paragraph(error)
-        finally:
-            self.button.disabled, self.button.description = False, "Run it"
 
 
 def _choices(widgets: Any, name: str, values: tuple[Any, ...], start: float, say: Any) -> Any:

@@ -7,11 +7,11 @@ from typing import Any
 
 from mplab.errors import MplabError
 from mplab.plan.zero import Memory
-from mplab.show.figures import MEMORY_LOOKS, BarLook, graph_objects, lay_out
+from mplab.show.figures import BAR_TEXT, FITTING_TEXT, MEMORY_LOOKS, BarLook, graph_objects, lay_out
 
 _MIB = 1 << 20
 _WIDTH, _APART = 0.38, 0.41  # of a bar, and of the middles of two, in stages
-_PLOT_PX, _LABEL_PX = 330, 15
+_PLOT_PX = 330
 _ROOM = 1.1  # of the axis, for the sums on top of the bars
 
 
@@ -45,7 +45,6 @@ def zero_memory_figure(
             sizes = {stage: _parts(memory)[name] for stage, memory in memories.items() if name in _parts(memory)}
             if not any(sizes.values()):
                 continue
-            tall_bytes = highest * _ROOM * _LABEL_PX / _PLOT_PX  # enough for a label
             in_legend = name if name in MEMORY_LOOKS else f"{kind}, {name}"
             figure.add_bar(
                 name=in_legend,
@@ -54,11 +53,8 @@ def zero_memory_figure(
                 x=[stage + aside for stage in sizes],
                 y=[size / _MIB for size in sizes.values()],
                 width=_WIDTH,
-                text=[_mib(size) if size >= tall_bytes and name in MEMORY_LOOKS else "" for size in sizes.values()],
-                textposition="inside",
-                insidetextanchor="middle",
-                constraintext="none",
-                textangle=0,
+                text=[_mib(size) if size and name in MEMORY_LOOKS else "" for size in sizes.values()],
+                **BAR_TEXT,
                 textfont={"size": 11, "color": "black" if kind == "predicted" else look.text},
                 hovertext=[f"ZeRO {stage}, {name}, {kind}: {size:,} bytes" for stage, size in sizes.items()],
                 hoverinfo="text",
@@ -80,9 +76,10 @@ def zero_memory_figure(
         )
     figure.update_layout(
         barmode="stack",
+        uniformtext=FITTING_TEXT,
         bargap=0,
         xaxis={
-            "title": {"text": "stage of ZeRO; 0 is data parallelism: all of it on every rank", "standoff": 6},
+            "title": {"text": "stage of ZeRO; 0: all of it on every rank", "standoff": 6},
             "tickvals": list(predicted),
             "ticktext": [f"ZeRO {stage}" for stage in predicted],
             "range": [min(predicted) - 0.55, max(predicted) + 0.55],

@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 
 from mplab.errors import MplabError
 from mplab.trace.event import Event, Lane
+from mplab.trace.frame import frame
 from mplab.trace.intervals import merge, overlap_s
 from mplab.trace.units import format_s, signed_s, unit_of
 
 _ROW_PX = 44
 _PART_PX = 28
-_LINE_PX = 17  # of a note
-_HEADING_PX = 21  # a line of the title
-_LEGEND_PX = 19  # a line of the legend
 _NARROW_PLOT_PX = 480  # what the axes get in a figure 600 px wide; a label that fits there fits everywhere
 _SAME_S = 1e-10  # below the clock's nanosecond: simulated times that should be equal differ by rounding
 _COVERED = 0.1  # of a bar's length: what lies over less of it leaves the label in its middle alone
@@ -76,7 +74,21 @@ def draw(events: Sequence[Event], num_ranks: int, notes: Sequence[str], title: s
 def draw_bands(
     bands: Sequence[tuple[Sequence[Event], Band]], num_ranks: int, notes: Sequence[str], title: str | None, row_px: int
 ) -> Any:
-    """Draw several lists of events on the same axes, each in its part of the rows.
+    """Draw several lists of events on the same axes, as `bands_json` has them."""
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise MplabError('a figure needs plotly: pip install "mplab[lab]", or print(timeline.summary()).') from None
+    return go.Figure(bands_json(bands, num_ranks, notes, title, row_px))
+
+
+def bands_json(
+    bands: Sequence[tuple[Sequence[Event], Band]], num_ranks: int, notes: Sequence[str], title: str | None, row_px: int
+) -> dict[str, Any]:
+    """Several lists of events on the same axes, each in its part of the rows, as plotly's JSON.
+
+    To check a whole figure, and to copy its template, takes plotly many times as long as it takes to make this: what
+    is drawn again and again goes without.
 
     Args:
         bands: events in the order of their starts, and where they are drawn.
@@ -85,15 +97,11 @@ def draw_bands(
         title: what stands above it.
         row_px: height of a row.
     """
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise MplabError('a figure needs plotly: pip install "mplab[lab]", or print(timeline.summary()).') from None
     all_events = [event for events, _ in bands for event in events]
     end_s = max((e.end_s for e in all_events), default=0.0)
     start_s = min([0.0, *(e.start_s for e in all_events)])
     unit, unit_s = unit_of(end_s - start_s)
-    figure = go.Figure()
+    data: list[dict[str, Any]] = []
     labels: list[tuple[float, float, str, str]] = []
     for events, band in bands:
         messages, thin = (
@@ -104,20 +112,23 @@ def draw_bands(
             for lanes in (("message",), ("message", "wait"))
         )
         for name, lane, look, bars in _outlined(events, band) if band.is_outlined else _filled(events, band):
-            figure.add_bar(
-                orientation="h",
-                name=name,
-                y=[bar.centre for bar in bars],
-                width=[bar.height for bar in bars],
-                base=[bar.event.start_s / unit_s for bar in bars],
-                x=[bar.event.duration_s / unit_s for bar in bars],
-                hovertext=[_hover(bar.event, "predicted " * band.is_outlined) for bar in bars],
-                hoverinfo="text",
-                marker={
-                    "color": look.fill,
-                    "line": {"color": look.line, "width": look.line_px},
-                    "pattern": {"shape": _HATCHING[lane], "fgcolor": look.line, "size": 6, "solidity": 0.15},
-                },
+            data.append(
+                {
+                    "type": "bar",
+                    "orientation": "h",
+                    "name": name,
+                    "y": [bar.centre for bar in bars],
+                    "width": [bar.height for bar in bars],
+                    "base": [bar.event.start_s / unit_s for bar in bars],
+                    "x": [bar.event.duration_s / unit_s for bar in bars],
+                    "hovertext": [_hover(bar.event, "predicted " * band.is_outlined) for bar in bars],
+                    "hoverinfo": "text",
+                    "marker": {
+                        "color": look.fill,
+                        "line": {"color": look.line, "width": look.line_px},
+                        "pattern": {"shape": _HATCHING[lane], "fgcolor": look.line, "size": 6, "solidity": 0.15},
+                    },
+                }
             )
             for event, centre, _, is_inner in bars:
                 label = _label(event, _NARROW_PLOT_PX * event.duration_s / (end_s - start_s or 1.0)) if is_inner else ""
@@ -128,13 +139,14 @@ def draw_bands(
                     middle = (event.start_s + event.end_s) / 2 / unit_s
                     labels.append((middle, centre - band.height / 4 * is_covered, label, look.text))
     if labels:
-        x, y, text, color = zip(*labels, strict=True)
-        font = {"size": 11, "color": color}
-        figure.add_scatter(x=x, y=y, text=text, mode="text", textfont=font, hoverinfo="skip", showlegend=False)
-    _lay_out(figure, num_ranks, notes, title, row_px)
+        x, y, text, color = map(list, zip(*labels, strict=True))
+        said = {"x": x, "y": y, "text": text, "textfont": {"size": 11, "color": color}, "mode": "text"}
+        data.append({"type": "scatter", **said, "hoverinfo": "skip", "showlegend": False})
+    layout = frame([bars["name"] for bars in data if bars["type"] == "bar"], num_ranks, notes, title, row_px)
     margin_s = 0.004 * (end_s - start_s) * any(band.is_outlined for _, band in bands)  # half an outline is a line too
-    figure.update_xaxes(range=[(start_s - margin_s) / unit_s, end_s / unit_s * 1.005 or 1.0], title=f"time in {unit}")
-    return figure
+    layout["xaxis"]["range"] = [(start_s - margin_s) / unit_s, end_s / unit_s * 1.005 or 1.0]
+    layout["xaxis"]["title"]["text"] = f"time in {unit}"
+    return {"data": data, "layout": layout}
 
 
 def _filled(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _Look, list[_Bar]]]:
@@ -230,94 +242,9 @@ def draw_parts(parts: Sequence[tuple[str, float]], total: str, notes: Sequence[s
             "pattern": {"shape": ["/" if length < 0 else "" for length in lengths], "fgcolor": part.line, "size": 6},
         },
     )
-    _lay_out(figure, len(names), notes, title, _PART_PX)
     left_px = 20 + int(_CHARACTER_PX * max(map(len, names)))
-    for annotation in figure.layout.annotations:
-        annotation.update(xshift=figure.layout.margin.l - left_px)
-    figure.update_layout(margin_l=left_px)
+    figure.update_layout(frame([], len(names), notes, title, _PART_PX, left_px))
     figure.update_yaxes(ticktext=names)
     low, high = min(ends) / unit_s, max(ends) / unit_s
     figure.update_xaxes(range=[low, high + 0.005 * (high - low) or 1.0], title=f"time in {unit}")
     return figure
-
-
-def _lay_out(figure: Any, num_ranks: int, notes: Sequence[str], title: str | None, row_px: int) -> None:
-    """Stack title, legend, rows, axis and notes in pixels, so that none meets another at any width from 600 px on."""
-    heading = textwrap.wrap(title or "", 66)
-    remarks = wrapped(notes)
-    legend_top = 6 + _HEADING_PX * len(heading)
-    legend = [bars.name for bars in figure.data if bars.type == "bar" and bars.showlegend is not False]
-    top = legend_top + (23 + _LEGEND_PX * _legend_lines(legend) if legend else 8)
-    bottom = 54 + (_LINE_PX * len(remarks) + 8 if remarks else 0)
-    height = num_ranks * row_px + top + bottom
-    figure.update_layout(
-        height=height,
-        margin={"l": 62, "r": 18, "t": top, "b": bottom},
-        template="plotly_white",
-        barmode="overlay",
-        bargap=0,
-        font={"size": 12},
-        title={
-            "text": "<br>".join(map(html.escape, heading)),
-            "font": {"size": 15},
-            "x": 0,
-            "pad": {"l": 12},
-            # Plotly puts the foot of the first of several lines here for any anchor; "bottom" does so for one too.
-            "y": 1 - 19 / height,
-            "yref": "container",
-            "yanchor": "bottom",
-        },
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1 - legend_top / height,
-            "yref": "container",
-            "yanchor": "top",
-        },
-        hoverlabel={"align": "left"},
-    )
-    figure.update_yaxes(
-        tickvals=list(range(num_ranks)),
-        ticktext=[f"rank {rank}" for rank in range(num_ranks)],
-        ticks="outside",
-        ticklen=5,
-        tickcolor="rgba(0,0,0,0)",
-        range=[num_ranks - 0.5, -0.5],
-        showgrid=False,
-        zeroline=False,
-        fixedrange=True,
-    )
-    figure.update_xaxes(title_standoff=6, zeroline=False)
-    add_notes(figure, remarks, 54)
-
-
-def wrapped(notes: Sequence[str]) -> list[str]:
-    """Notes in lines that a figure 600 px wide has room for."""
-    return [line for note in notes for line in textwrap.wrap(note, 84)]
-
-
-def add_notes(figure: Any, lines: Sequence[str], below_px: int) -> None:
-    """Write lines under a figure's axes, so many pixels below them."""
-    if lines:
-        figure.add_annotation(
-            text="<br>".join(map(html.escape, lines)),
-            showarrow=False,
-            align="left",
-            x=0,
-            xref="paper",
-            xanchor="left",
-            y=0,
-            yref="paper",
-            yanchor="top",
-            yshift=-below_px,
-            font={"size": 12},
-        )
-
-
-def _legend_lines(names: Sequence[str]) -> int:
-    """Lines of a legend in a figure 600 px wide: plotly puts entries in columns once they don't fit in one line."""
-    widths = [46 + 6.4 * len(name) for name in names]
-    if sum(widths) <= 520:
-        return 1
-    return -(-len(names) // max(1, int(520 // max(widths))))

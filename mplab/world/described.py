@@ -13,7 +13,7 @@ from mplab.plan.cost import Link
 from mplab.plan.layout import Plan
 from mplab.plan.machines import Machine
 from mplab.plan.predict import predict
-from mplab.plan.share import Array
+from mplab.plan.stages import Array
 from mplab.plan.transformer import Transformer
 from mplab.world.probe import Probe
 

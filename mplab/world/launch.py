@@ -132,7 +132,7 @@ class ProcessWorld:
         try:
             self._guard.start()
             # Backward runs in the rank's own thread, so that collectives inside it keep their order.
-            with torch.autograd.set_multithreading_enabled(False), on_device(rank.device, 0):
+            with torch.autograd.set_multithreading_enabled(False), on_device(rank.device, 0, rank.index):
                 rank.trace.start(zero_marks((rank.device,))[rank.device])
                 zero_ns = time.perf_counter_ns()
                 result = fn(rank, *args)

@@ -72,56 +72,55 @@ def zero_marks(devices: tuple[torch.device, ...]) -> dict[torch.device, Any]:
 
 
 @contextmanager
-def on_device(device: torch.device, num_sms: int) -> Iterator[None]:
+def on_device(device: torch.device, num_sms: int, rank: int) -> Iterator[None]:
     """Run the calling thread on its device, on a CUDA stream of its own, or on its own share of the SMs; wait for the
     GPU at the end.
 
     Args:
         device: the rank's device.
         num_sms: streaming multiprocessors of its share; 0: no share.
+        rank: its index: the same rank of a later run gets the same stream.
     """
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.device(device), _sm_slice(num_sms, device) if num_sms else _stream(device):
+    with torch.cuda.device(device), _stream(device, num_sms, rank):
         yield
         torch.cuda.current_stream().synchronize()
 
 
-@contextmanager
-def _stream(device: torch.device) -> Iterator[None]:
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        yield
-
-
-# Green contexts and their streams, kept for the next run: memory that a stream has used goes back to torch through it.
-_slices: dict[tuple[torch.device, int], list[tuple[Any, Any]]] = {}
+# Streams, and the green contexts of those that have one, kept for the next run. Memory that a stream has used goes back
+# to torch through it, and torch gives it to that stream alone; on another rank's it could be given away while this
+# rank, which goes on with tensors of an earlier run, still reads it.
+_streams: dict[tuple[torch.device, int, int], list[tuple[Any, Any]]] = {}
 
 
 @contextmanager
-def _sm_slice(num_sms: int, device: torch.device) -> Iterator[None]:
-    """A stream of a green context: its kernels run on `num_sms` of the GPU's SMs and on no others.
-
-    Torch splits the GPU anew for every context, so that the shares of two ranks may overlap (pytorch issue 195378).
-    """
-    from torch.cuda.green_contexts import GreenContext
-
-    idle = _slices.setdefault((device, num_sms), [])
-    context: Any
+def _stream(device: torch.device, num_sms: int, rank: int) -> Iterator[None]:
+    idle = _streams.setdefault((device, num_sms, rank), [])
     try:
         context, stream = idle.pop()
-    except IndexError:
-        try:
-            context = GreenContext.create(num_sms=num_sms, device_id=device.index or 0)
-            stream = context.Stream()
-        except (RuntimeError, AttributeError) as error:
-            raise MplabError(
-                f"slices=True: torch or the driver gave no share of {num_sms} SMs on {device} ({error}): "
-                "use slices=False"
-            ) from error
+    except IndexError:  # the first time, or another world runs at the same time
+        context, stream = _sm_slice(num_sms, device) if num_sms else (None, torch.cuda.Stream(device))
     try:
         # Not set_context(): that puts a rank on its context's NULL stream, and torch takes those of all ranks for one.
         with torch.cuda.stream(stream):
             yield
     finally:
         idle.append((context, stream))
+
+
+def _sm_slice(num_sms: int, device: torch.device) -> tuple[Any, Any]:
+    """A green context and a stream of it: its kernels run on `num_sms` of the GPU's SMs and on no others.
+
+    Torch splits the GPU anew for every context, so that the shares of two ranks may overlap (pytorch issue 195378).
+    """
+    from torch.cuda.green_contexts import GreenContext
+
+    try:
+        context: Any = GreenContext.create(num_sms=num_sms, device_id=device.index or 0)
+        return context, context.Stream()
+    except (RuntimeError, AttributeError) as error:
+        raise MplabError(
+            f"slices=True: torch or the driver gave no share of {num_sms} SMs on {device} ({error}): use slices=False"
+        ) from error

@@ -193,7 +193,7 @@ class World:
                 output.register(r)
                 hub.threads[r] = threading.get_ident()
                 try:
-                    with inherited.applied(), on_device(rank.device, self.rung.num_sms):
+                    with inherited.applied(), on_device(rank.device, self.rung.num_sms, r):
                         rank.trace.start(zeros[rank.device])
                         if self._profiler is not None:
                             self._profiler.register(r, rank.trace)
@@ -274,6 +274,22 @@ def _stop(threads: list[threading.Thread], hub: Hub) -> None:
         if thread.is_alive() and hub.failure is not None:
             at = hub.line_of(rank)
             hub.failure.add_note(f"rank {rank} did not stop in time: it is left behind at {at}")
+    if sys.version_info < (3, 12) and (alive := [thread for thread in threads if thread.is_alive()]):
+        _take_back(alive)
+
+
+def _take_back(threads: list[threading.Thread]) -> None:
+    """Forget the exceptions that they have not met: while one waits, Python 3.11 never ends a call that is traced.
+
+    So nothing that counts steps would end any more, nor a debugger. Those left behind then end where they next say
+    something to the others.
+    """
+    send = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    for thread in threads:
+        send(ctypes.c_ulong(thread.ident or 0), None)
+    with suppress(_Stopped):  # the interpreter looks for them until one has arrived
+        send(ctypes.c_ulong(threading.get_ident()), ctypes.py_object(_Stopped))
+        time.sleep(0)
 
 
 def _imports(thread: threading.Thread) -> bool:

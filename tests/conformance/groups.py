@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from conformance.values import LARGE, all_given, assert_same, given, plain, raises
@@ -68,12 +70,12 @@ def check_nested_groups(rank: Rank) -> None:
 def check_groups_of_the_same_ranks_do_not_mix(rank: Rank) -> None:
     """Communicators of equal members: calls that overlap in time each get their own partner."""
     n, me = rank.size, rank.index
-    twin = rank.comm.group(range(n))
-    for length in (3, LARGE):
+    twin, turned = rank.comm.group(range(n)), rank.comm.group(list(reversed(range(n))))
+    for other, length in itertools.product((turned, twin), (3, LARGE)):
         x = torch.full((length,), float(me), device=rank.device)
-        first, second = rank.comm.iall_reduce(x), twin.iall_reduce(x + 1, "max")
+        first, second = rank.comm.iall_reduce(x), other.iall_reduce(x + 1, "max")
         assert_same(first.wait(), torch.full_like(x, n * (n - 1) / 2), "the world's")
-        assert_same(second.wait(), torch.full_like(x, n), "its twin's")
+        assert_same(second.wait(), torch.full_like(x, n), "the other's")
     if n > 1:
         right, left = (me + 1) % n, (me - 1) % n
         sends = [rank.comm.isend(x, right), twin.isend(-x, right), rank.comm.isend(x + 1, right)]

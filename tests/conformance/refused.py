@@ -57,3 +57,16 @@ def check_bad_arguments(rank: Rank) -> None:
         raises(lambda: comm.group([(me + 1) % n]), f"rank {me}", "not in it")
     assert len(comm.ledger.messages) == before
     assert_same(comm.all_reduce(x), torch.full((3,), float(n), device=rank.device), "the call after the refused ones")
+
+
+def check_what_was_called_before_excuses_nothing(rank: Rank) -> None:
+    """A call that is known already: its tensor is looked at as the first one's was."""
+    comm = rank.comm
+    x = torch.ones(3, device=rank.device)
+    comm.all_reduce_(x)
+    comm.all_reduce(x)
+    before = len(comm.ledger.messages)
+    raises(lambda: comm.all_reduce_(x[:1].expand(3)), "expanded", "clone()")
+    raises(lambda: comm.all_reduce(torch.ones(3, device="meta")), "meta", str(rank.device))
+    raises(lambda: comm.all_reduce(torch.ones(3, device=rank.device).to_sparse()), "dense")
+    assert len(comm.ledger.messages) == before
