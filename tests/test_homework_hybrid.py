@@ -914,6 +914,7 @@ def clip_with_the_library(gradients: Gradients, is_cut: list[bool], mesh: Any, m
                 p.grad = gradient.clone()
             self.comm, self.max_norm, self._names = mesh.tp, 1e9, dict.fromkeys(parameters, "")
             self._cuts = {p: None for p, cut in zip(parameters, is_cut, strict=True) if cut}  # type: ignore[misc]
+            self._parameters = sorted(parameters, key=lambda p: p not in self._cuts)
 
     if mesh.mesh.size == 1:
         Like()._check_and_clip()

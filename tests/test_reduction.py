@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from conformance.values import DTYPES, OPS, assert_same, given, has_meaning, plain
 
-from mplab import MplabError
+from mplab import MplabError, World
 from mplab.comm import reduction
 from mplab.comm.reduction import check_op, reduce_in_order
 
@@ -57,9 +60,12 @@ def test_the_sum_is_taken_in_rank_order() -> None:
         assert out.item() == want
 
 
-def test_an_unknown_operation_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(MplabError, match=r"op='avg' is no reduction.*'sum', 'mean', 'product', 'max', 'min'"):
-        check_op("avg", torch.float32)
+@pytest.mark.parametrize("op", ["avg", ["sum"]])
+def test_an_unknown_operation_is_refused_with_the_known_ones(op: Any) -> None:
+    with pytest.raises(MplabError, match=rf"op={re.escape(repr(op))} is no reduction.*'sum', 'mean', 'product', 'max'"):
+        check_op(op, torch.float32)
+    with pytest.raises(MplabError, match="is no reduction"):
+        World(1, "cpu").run(lambda rank: rank.comm.all_reduce(torch.ones(2), op))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])

@@ -115,7 +115,8 @@ class Caller:
     # -- what is called -----------------------------------------------------------------------------------------------
 
     def _reduction_call(self, name: str, x: Tensor, op: str) -> Call:
-        said = self._known.get((name, op, x.shape, x.dtype)) if isinstance(x, Tensor) else None
+        is_hashable = isinstance(x, Tensor) and isinstance(op, str)
+        said = self._known.get((name, op, x.shape, x.dtype)) if is_hashable else None
         if said is not None and x.device == self.device and x.layout is torch.strided and x.is_contiguous():
             return said  # training repeats its calls
         self._check_tensor(x, name)

@@ -22,7 +22,7 @@ BLOCK_BYTES = 1 << 20
 
 def check_op(op: str, dtype: torch.dtype) -> None:
     """Refuse a reduction that does not exist or has no meaning for `dtype`."""
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise MplabError(f"op={op!r} is no reduction: choose one of {', '.join(map(repr, OPS))}")
     if op == "mean" and not (dtype.is_floating_point or dtype.is_complex):
         raise MplabError(f"the mean of {dtype} tensors is not {dtype}: use op='sum', or convert with x.float() first")

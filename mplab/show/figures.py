@@ -10,15 +10,13 @@ from typing import Any, NamedTuple
 
 from mplab.errors import MplabError
 from mplab.plan.cost import Link, all_reduce_times_s
-from mplab.trace.frame import noted, wrapped
+from mplab.trace.frame import TITLE_CHARACTERS, TITLE_PX, noted, wrapped
 from mplab.world.links import LinkFit
 
 SIZES_BYTES = tuple(1 << k for k in range(8, 25))  # 256 B to 16 MiB
 _HEADING_PX, _NOTE_PX = 20, 17  # a line of the title, and of a note
-_HEADING_CHARACTERS = 42  # of a line that a figure 360 px wide has room for
 _LEFT_PX = 70  # from the figure's edge to the axes
 MOST_MARKS = 6  # on an axis that have their sizes written to them, in a figure 360 px wide
-
 
 # Of a bar: its length is written in it where there is room; plotly knows how wide the page is.
 BAR_TEXT = {"textposition": "inside", "insidetextanchor": "middle", "textangle": 0}
@@ -172,7 +170,7 @@ def lay_out(
         left_px: what the marks of the axes need on the left.
         right_px: what is written beyond the axes on the right.
     """
-    heading, remarks = textwrap.wrap(title, _HEADING_CHARACTERS), wrapped(notes)
+    heading, remarks = textwrap.wrap(title, TITLE_CHARACTERS), wrapped(notes)
     has_legend = figure.layout.showlegend is not False
     legend_px = 10 + _HEADING_PX * max(1, len(heading))
     top, bottom = legend_px + 6 + 44 * has_legend, 56 + (_NOTE_PX * len(remarks) + 6 if remarks else 0)
@@ -184,7 +182,7 @@ def lay_out(
         font={"size": 12},
         title={
             "text": "<br>".join(map(html.escape, heading)),
-            "font": {"size": 15},
+            "font": {"size": TITLE_PX},
             "x": 0,
             "pad": {"l": 12},
             # Plotly puts the foot of the first of several lines here.

@@ -11,7 +11,8 @@ _LINE_PX = 17  # of a note
 _HEADING_PX = 21  # a line of the title
 _LEGEND_PX = 19  # a line of the legend
 _LEFT_PX, _EDGE_PX = 62, 12  # from the figure's edge to the axes, and to the notes
-_TITLE_CHARACTERS, _NOTE_CHARACTERS = 42, 52  # of a line that a figure 360 px wide has room for
+TITLE_PX = 13.5  # the size of its letters: times in it, predicted and measured, fit in a line of that width
+TITLE_CHARACTERS, _NOTE_CHARACTERS = 48, 52  # of a line that a figure 360 px wide has room for
 
 
 def frame(
@@ -34,7 +35,7 @@ def frame(
         row_px: height of a row.
         left_px: what the names of the rows need.
     """
-    heading, remarks = textwrap.wrap(title or "", _TITLE_CHARACTERS), wrapped(notes)
+    heading, remarks = textwrap.wrap(title or "", TITLE_CHARACTERS), wrapped(notes)
     legend_top = 6 + _HEADING_PX * len(heading)
     top = legend_top + (23 + _LEGEND_PX * _legend_lines(legend) if legend else 8)
     bottom = 54 + (_LINE_PX * len(remarks) + 8 if remarks else 0)
@@ -48,7 +49,7 @@ def frame(
         "font": {"size": 12},
         "title": {
             "text": "<br>".join(map(html.escape, heading)),
-            "font": {"size": 15},
+            "font": {"size": TITLE_PX},
             "x": 0,
             "pad": {"l": 12},
             # Plotly puts the foot of the first of several lines here for any anchor; "bottom" does so for one too.
