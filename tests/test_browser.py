@@ -144,6 +144,37 @@ def assert_rank_0_is_on_top(figure: Locator) -> None:
     assert sorted(places, key=places.__getitem__) == ["rank 0", "rank 1"]
 
 
+def move_sliders(lab: Lab, moves: dict[str, tuple[str, str]]) -> tuple[Locator, Locator, Locator]:
+    """Press a key on each slider of an explorer: its first figure and its words change.
+
+    Args:
+        lab: whose first widget with sliders is the explorer.
+        moves: the sliders' labels, in order; for each the key, and what the slider says then.
+
+    Returns:
+        The cell, the figure and the sliders.
+    """
+    cell = lab.show_widget("[role=slider]")
+    figure, sliders, words = (
+        cell.locator(".js-plotly-plot").first,
+        cell.locator(".widget-slider"),
+        cell.get_by_role("status"),
+    )
+    drawing, box = figure.locator(".main-svg").first, cell.locator(".widget-vbox").first
+    drawing.wait_for()
+    lab.wait_until(
+        lambda: drawing.bounding_box()["width"] <= box.bounding_box()["width"], "the figure is no wider than the page"
+    )
+    assert sliders.locator("label").all_inner_texts() == list(moves)
+    for index, (key, says) in enumerate(moves.values()):
+        drawn, said = figure.inner_html(), words.first.inner_text()
+        sliders.nth(index).get_by_role("slider").press(key)
+        lab.wait_until(lambda d=drawn: figure.inner_html() != d, "the figure changes with the slider")
+        lab.wait_until(lambda s=said: words.first.inner_text() != s, "so do the words")
+        assert says in sliders.nth(index).inner_text()
+    return cell, figure, sliders
+
+
 BUCKET_EXPLORER = """\
 import torch
 from mplab import Link, World
@@ -158,30 +189,12 @@ def test_buckets_move_by_keyboard_and_the_training_really_runs(jupyter: Jupyter,
     with jupyter.open(a_notebook(tmp_path, BUCKET_EXPLORER), tmp_path / "page.png") as lab:
         lab.page.set_viewport_size({"width": 1100, "height": 1000})
         lab.run_all()
-        cell = lab.show_widget("[role=slider]")
-        figure = cell.locator(".js-plotly-plot").first
-        figure.locator(".main-svg").first.wait_for()
-        lab.wait_until(
-            lambda: (
-                figure.locator(".main-svg").first.bounding_box()["width"]
-                <= cell.locator(".widget-vbox").first.bounding_box()["width"]
-            ),
-            "the figure is no wider than the page",
-        )
-        sliders = cell.locator(".widget-slider")
-        assert [label.inner_text() for label in sliders.locator("label").all()] == [
-            "bucket",
-            "latency α",
-            "bandwidth 1/β",
-        ]
-        for index, (key, said) in enumerate(
-            [("ArrowRight", "128 KiB"), ("ArrowLeft", "500 µs"), ("ArrowRight", "200 MB/s")]
-        ):
-            predicted, words = figure.inner_html(), cell.get_by_role("status").first.inner_text()
-            sliders.nth(index).get_by_role("slider").press(key)
-            lab.wait_until(lambda p=predicted: figure.inner_html() != p, "the prediction changes with the slider")
-            lab.wait_until(lambda w=words: cell.get_by_role("status").first.inner_text() != w, "so do the words")
-            assert said in sliders.nth(index).inner_text()
+        moves = {
+            "bucket": ("ArrowRight", "128 KiB"),
+            "latency α": ("ArrowLeft", "500 µs"),
+            "bandwidth 1/β": ("ArrowRight", "200 MB/s"),
+        }
+        cell, figure, _ = move_sliders(lab, moves)
         assert "over an emulated link of 500 µs and 200 MB/s; with overlap" in cell.inner_text()
 
         cell.get_by_role("button", name="Run").press("Enter")
@@ -209,31 +222,13 @@ def test_sliders_move_by_keyboard_and_the_block_really_runs(jupyter: Jupyter, tm
     with jupyter.open(a_notebook(tmp_path, TENSOR_EXPLORER), tmp_path / "page.png") as lab:
         lab.page.set_viewport_size({"width": 1100, "height": 1200})
         lab.run_all()
-        cell = lab.show_widget("[role=slider]")
-        figure = cell.locator(".js-plotly-plot").first
-        figure.locator(".main-svg").first.wait_for()
-        lab.wait_until(
-            lambda: (
-                figure.locator(".main-svg").first.bounding_box()["width"]
-                <= cell.locator(".widget-vbox").first.bounding_box()["width"]
-            ),
-            "the figure is no wider than the page",
-        )
-        sliders = cell.locator(".widget-slider")
-        assert [label.inner_text() for label in sliders.locator("label").all()] == [
-            "width",
-            "ranks",
-            "sequence",
-            "link",
-        ]
-        for index, (key, said) in enumerate(
-            [("ArrowRight", "384"), ("ArrowRight", "4"), ("ArrowLeft", "32"), ("ArrowLeft", "500 µs, 200 MB/s")]
-        ):
-            drawn, words = figure.inner_html(), cell.get_by_role("status").first.inner_text()
-            sliders.nth(index).get_by_role("slider").press(key)
-            lab.wait_until(lambda d=drawn: figure.inner_html() != d, "the figure changes with the slider")
-            lab.wait_until(lambda w=words: cell.get_by_role("status").first.inner_text() != w, "so do the words")
-            assert said in sliders.nth(index).inner_text()
+        moves = {
+            "width": ("ArrowRight", "384"),
+            "ranks": ("ArrowRight", "4"),
+            "sequence": ("ArrowLeft", "32"),
+            "link": ("ArrowLeft", "500 µs, 200 MB/s"),
+        }
+        cell, figure, sliders = move_sliders(lab, moves)
         assert "32 tokens of width 384" in cell.inner_text()
         assert "over an emulated link of 500 µs, 200 MB/s" in cell.inner_text()
         assert "not measured yet" in figure.inner_html()
