@@ -171,10 +171,3 @@ def play_out(small_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "HostMemory", lambda: CudaMemory(torch.device("cpu")))
     monkeypatch.setattr(mplab.comm.memory, "torch", FakeTorch())
     monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
-    init = threads.ThreadCommunicator.__init__
-
-    def as_on_cuda(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self._is_host = False
-
-    monkeypatch.setattr(threads.ThreadCommunicator, "__init__", as_on_cuda)

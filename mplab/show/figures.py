@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mplab.errors import MplabError
 from mplab.plan.cost import Link, all_reduce_times_s
-from mplab.trace.frame import TITLE_CHARACTERS, TITLE_PX, noted, wrapped
+from mplab.trace.frame import heading_of, noted, titled, wrapped
 from mplab.world.links import LinkFit
 
 SIZES_BYTES = tuple(1 << k for k in range(8, 25))  # 256 B to 16 MiB
@@ -170,7 +168,7 @@ def lay_out(
         left_px: what the marks of the axes need on the left.
         right_px: what is written beyond the axes on the right.
     """
-    heading, remarks = textwrap.wrap(title, TITLE_CHARACTERS), wrapped(notes)
+    heading, remarks = heading_of(title), wrapped(notes)
     has_legend = figure.layout.showlegend is not False
     legend_px = 10 + _HEADING_PX * max(1, len(heading))
     top, bottom = legend_px + 6 + 44 * has_legend, 56 + (_NOTE_PX * len(remarks) + 6 if remarks else 0)
@@ -180,16 +178,7 @@ def lay_out(
         margin={"l": left_px, "r": right_px, "t": top, "b": bottom},
         template="plotly_white",
         font={"size": 12},
-        title={
-            "text": "<br>".join(map(html.escape, heading)),
-            "font": {"size": TITLE_PX},
-            "x": 0,
-            "pad": {"l": 12},
-            # Plotly puts the foot of the first of several lines here.
-            "y": 1 - 21 / height,
-            "yref": "container",
-            "yanchor": "bottom",
-        },
+        title=titled(heading, 21, height),
         legend={"orientation": "h", "x": 0, "y": 1 - legend_px / height, "yref": "container", "yanchor": "top"},
     )
     for note in noted(remarks, 52, left_px):

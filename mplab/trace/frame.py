@@ -11,8 +11,8 @@ _LINE_PX = 17  # of a note
 _HEADING_PX = 21  # a line of the title
 _LEGEND_PX = 19  # a line of the legend
 _LEFT_PX, _EDGE_PX = 62, 12  # from the figure's edge to the axes, and to the notes
-TITLE_PX = 13.5  # the size of its letters: times in it, predicted and measured, fit in a line of that width
-TITLE_CHARACTERS, _NOTE_CHARACTERS = 48, 52  # of a line that a figure 360 px wide has room for
+_TITLE_PX = 13.5  # the size of its letters: times in it, predicted and measured, fit in a line of that width
+_TITLE_CHARACTERS, _NOTE_CHARACTERS = 48, 52  # of a line that a figure 360 px wide has room for
 
 
 def frame(
@@ -35,7 +35,7 @@ def frame(
         row_px: height of a row.
         left_px: what the names of the rows need.
     """
-    heading, remarks = textwrap.wrap(title or "", TITLE_CHARACTERS), wrapped(notes)
+    heading, remarks = heading_of(title), wrapped(notes)
     legend_top = 6 + _HEADING_PX * len(heading)
     top = legend_top + (23 + _LEGEND_PX * _legend_lines(legend) if legend else 8)
     bottom = 54 + (_LINE_PX * len(remarks) + 8 if remarks else 0)
@@ -47,16 +47,7 @@ def frame(
         "barmode": "overlay",
         "bargap": 0,
         "font": {"size": 12},
-        "title": {
-            "text": "<br>".join(map(html.escape, heading)),
-            "font": {"size": TITLE_PX},
-            "x": 0,
-            "pad": {"l": 12},
-            # Plotly puts the foot of the first of several lines here for any anchor; "bottom" does so for one too.
-            "y": 1 - 19 / height,
-            "yref": "container",
-            "yanchor": "bottom",
-        },
+        "title": titled(heading, 19, height),
         "legend": {
             "orientation": "h",
             "x": 0,
@@ -79,6 +70,31 @@ def frame(
             "fixedrange": True,
         },
         "annotations": noted(remarks, 54, left_px),
+    }
+
+
+def heading_of(title: str | None) -> list[str]:
+    """A title in lines that a figure 360 px wide has room for."""
+    return textwrap.wrap(title or "", _TITLE_CHARACTERS)
+
+
+def titled(heading: Sequence[str], foot_px: float, height_px: float) -> dict[str, Any]:
+    """Lines at the top of a figure, as its title in plotly's JSON.
+
+    Args:
+        heading: as `heading_of` gives them.
+        foot_px: from the figure's top to the foot of the first one.
+        height_px: of the figure.
+    """
+    return {
+        "text": "<br>".join(map(html.escape, heading)),
+        "font": {"size": _TITLE_PX},
+        "x": 0,
+        "pad": {"l": 12},
+        # Plotly puts the foot of the first of several lines here for any anchor; "bottom" does so for one too.
+        "y": 1 - foot_px / height_px,
+        "yref": "container",
+        "yanchor": "bottom",
     }
 
 
