@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dis
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -35,13 +40,22 @@ class FakeWire:
 
 
 @pytest.fixture
-def guard(monkeypatch: pytest.MonkeyPatch) -> Guard:
-    """Rank 0 of 3, in its first run."""
+def make_guard(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Guard]:
+    """Makes rank 0 of 3, in its first run."""
     monkeypatch.setattr(guard_module, "TELL_AFTER_S", 0.05)
     monkeypatch.setattr(guard_module, "LISTEN_S", 0.1)
-    made = Guard(0, 3, 0.3, FakeWire)  # type: ignore[arg-type]
-    made.start()
-    return made
+
+    def make() -> Guard:
+        made = Guard(0, 3, 0.3, FakeWire)  # type: ignore[arg-type]
+        made.start()
+        return made
+
+    return make
+
+
+@pytest.fixture
+def guard(make_guard: Callable[[], Guard]) -> Guard:
+    return make_guard()
 
 
 def say(guard: Guard, peer: int, kind: str, *words: Any) -> bool:
@@ -152,3 +166,54 @@ def test_the_first_failure_counts_and_is_told_once(guard: Guard) -> None:
     assert guard._wire.sent == [((1, 2), ["failure", 1, "ValueError", "boom"])]  # type: ignore[attr-defined]
     with pytest.raises(PeerFailure, match=r"rank 0 stopped in recv\(src=1\): rank 1 failed with ValueError: boom"):
         recv(guard)
+
+
+def interrupting(num_places: int, files: Sequence[str]) -> Callable[[FrameType, str, object], Any]:
+    """A tracer that raises what Ctrl-C does, at the n-th place in some files where Python would.
+
+    Signals are handled after calls, at the start of functions, and where loops begin again.
+    """
+    last: dict[FrameType, str] = {}
+
+    def step(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal num_places
+        if Path(frame.f_code.co_filename).name not in files:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            before = last.get(frame, "")
+            last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            num_places -= before.startswith("CALL") or before in ("RESUME", "JUMP_BACKWARD")
+            if num_places == 0:
+                raise KeyboardInterrupt
+        return step
+
+    return step
+
+
+def test_an_interrupt_wherever_it_comes_is_one_and_leaves_no_lock_behind(
+    make_guard: Callable[[], Guard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard_module, "LOOK_EVERY_S", 1e-4)
+    monkeypatch.setattr(guard_module, "TELL_AFTER_S", 0.0)
+    num_places = 0
+    is_interrupted = True
+    while is_interrupted:
+        num_places += 1
+        guard = make_guard()
+        answers = [lambda guard=guard: say(guard, 1, "data", 1, "x", "hello"), lambda: None, lambda: None]
+        monkeypatch.setattr(guard._wire, "expect", lambda answers=answers: answers.pop()())
+        former = sys.gettrace()
+        sys.settrace(interrupting(num_places, ["guard.py", "bell.py", "threading.py"]))
+        try:
+            assert recv(guard) == "hello"
+            is_interrupted = False
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(former)
+        teller = threading.Thread(target=say, args=(guard, 2, "state", "finished"), daemon=True)
+        teller.start()
+        teller.join(5)
+        assert not teller.is_alive(), f"the lock is held after place {num_places}"
+    assert num_places > 100

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mplab.comm.bell import Bell
 from mplab.comm.wire import FRAME_BYTES, Deliver, Lose, Parcel, Wire, lengths, opened
 
 # gloo must never give up by itself, for that breaks the connection: who waits too long is the guard's to say.
@@ -53,7 +54,7 @@ class GlooWire(Wire):
         pass  # its threads do nothing else
 
     def flush(self, timeout_s: float) -> None:
-        is_flushed = threading.Event()
+        is_flushed = Bell()
         self._in_flight.put(is_flushed)
         is_flushed.wait(timeout_s)
 
@@ -106,8 +107,8 @@ class GlooWire(Wire):
     def _release_sent(self) -> None:
         """Free what has been sent: in a thread of its own, for gloo tells only who waits for it that a send is over."""
         while (item := self._in_flight.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
+            if isinstance(item, Bell):
+                item.ring()
                 continue
             works, memory = item
             for work in works:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
+from mplab.comm.bell import Bell
 from mplab.comm.gloo import GlooWire
 from mplab.comm.hub import user_line
 from mplab.comm.wire import Deliver, Lose, Parcel, Wire
@@ -85,7 +86,8 @@ class Guard:
         self.run = 0
         self.numbers: Counter[Any] = Counter()
         self._main = threading.get_ident()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._news = Bell()
         self._boxes: dict[tuple[int, str], deque[Parcel]] = {}
         self._sent, self._received = [0] * size, [0] * size
         self._states = [State()] * size
@@ -99,7 +101,7 @@ class Guard:
 
     def start(self) -> None:
         """A run begins: what was not received in the one before is forgotten."""
-        with self._changed:
+        with self._lock:
             self.check_running("the start of a run")
             self.run += 1
             self.numbers.clear()
@@ -109,7 +111,7 @@ class Guard:
 
     def finish(self, x: Tensor) -> list[Tensor]:
         """This rank's part of the run is over: wait for the others, and swap a tensor with them; in rank order."""
-        with self._changed:
+        with self._lock:
             self.check_running("the end of the run")
             self.send(self.peers, "end", None, x)
             self._tell(State("finished", self.run, "has finished", (), tuple(self._sent), tuple(self._received)))
@@ -119,7 +121,7 @@ class Guard:
 
     def leave(self, timeout_s: float) -> None:
         """No more runs: wait a little until the others are through as well."""
-        with self._changed:
+        with self._lock:
             if self.failure is None:
                 self._tell(State("left", self.run, "has left the world"))
         self._wire.close(timeout_s)
@@ -135,7 +137,7 @@ class Guard:
         borrowed: bool = False,
     ) -> None:
         """Send to some ranks, without waiting; each of them collects it with the same key."""
-        with self._changed:
+        with self._lock:
             for peer in peers:
                 self._sent[peer] += 1
         self._wire.send(peers, ["data", self.run, key, words], x, borrowed)
@@ -164,9 +166,9 @@ class Guard:
         came: dict[int, Parcel] = {}
         key = f"{self.run} {key}"
         missing, start_s, end_s = list(peers), time.monotonic(), float("inf")
-        with self._changed:
-            try:
-                while True:
+        try:
+            while True:
+                with self._lock:
                     self.check_running(doing)
                     for peer in [p for p in missing if (p, key) in self._boxes]:
                         came[peer] = self._take(peer, key)
@@ -175,11 +177,13 @@ class Guard:
                             end_s = min(end_s, time.monotonic() + LISTEN_S)
                     if not missing or time.monotonic() > end_s:
                         return came
-                    if end_s == float("inf"):
-                        self._watch(missing, start_s, doing, group)
-                    self._wire.expect()
-                    self._changed.wait(LOOK_EVERY_S)
-            finally:
+                    late = self._watch(missing, start_s, doing, group) if end_s == float("inf") else None
+                if late is not None:
+                    self._time_out(late, doing)
+                self._wire.expect()
+                self._news.wait(LOOK_EVERY_S)
+        finally:
+            with self._lock:
                 if self._told.status == "waits":
                     self._tell(State("runs", self.run))
 
@@ -198,7 +202,7 @@ class Guard:
     def _deliver(self, peer: int, parcel: Parcel) -> bool:
         """A parcel came; called by the thread that receives from this peer."""
         kind, *words = parcel.words
-        with self._changed:
+        with self._lock:
             self._heard_s[peer] = time.monotonic()
             if kind == "data":
                 run, key, body = words
@@ -213,14 +217,14 @@ class Guard:
                     self._wire.send([peer], ["state", *State("runs", self.run, f"runs at {self._line()}")])
             elif kind == "failure" and self.failure is None:
                 self.failure = Failure(*words)
-            self._changed.notify_all()
+            self._news.ring()
         return kind != "failure" and not (kind == "state" and words[0] == "left")
 
     def _lose(self, peer: int, reason: str) -> None:
-        with self._changed:
+        with self._lock:
             if self._states[peer].status != "left":
                 self._lost[peer] = reason
-            self._changed.notify_all()
+            self._news.ring()
 
     # -- watch --------------------------------------------------------------------------------------------------------
 
@@ -238,7 +242,7 @@ class Guard:
 
     def fail(self, error: BaseException) -> None:
         """Tell all others why this rank fails, if none has failed before."""
-        with self._changed:
+        with self._lock:
             if self.failure is None:
                 rank = error.rank if isinstance(error, PeerFailure) and error.rank is not None else self.rank
                 self.failure = Failure(rank, type(error).__name__, str(error))
@@ -251,15 +255,16 @@ class Guard:
         self.fail(error)
         raise error
 
-    def _watch(self, missing: list[int], start_s: float, doing: object, group: Sequence[int]) -> None:
-        """Look once for a reason why this wait will not end. The lock is held."""
+    def _watch(self, missing: list[int], start_s: float, doing: object, group: Sequence[int]) -> State | None:
+        """Look once for a reason why this wait will not end; what this rank waits for, if it is too long. The lock is
+        held."""
         waited_s = time.monotonic() - start_s
         if self._lost and waited_s > LISTEN_S:  # by then those who know better have said so
             rank, reason = next(iter(self._lost.items()))
             self._raise(PeerFailure(f"rank {rank}'s process is gone or cannot be reached any more ({reason})", rank))
         if self._told.status == "finished":
             self._tell(self._told._replace(sent=tuple(self._sent), received=tuple(self._received)))
-            return
+            return None
         text = f"waits for rank {', '.join(map(str, missing))} in {doing} of group {list(group)} at {self._line()}"
         state = State("waits", self.run, text, tuple(missing), tuple(self._sent), tuple(self._received))
         gone = [r for r in missing if self._status(r) in ("finished", "left")]
@@ -270,24 +275,25 @@ class Guard:
             self._tell(state)
             if self._is_stuck(state):
                 self._raise(Deadlock(f"no rank can go on\n{self._table(state)}"))
-        if waited_s > self.timeout_s:
-            self._time_out(state, doing)
+        return state if waited_s > self.timeout_s else None
 
     def _time_out(self, state: State, doing: object) -> NoReturn:
         """Ask the late ranks where they are, and give up."""
         asked_s = time.monotonic()
-        self._tell(state, again=True)
-        running = [r for r in state.missing if self._status(r) == "runs"]
+        with self._lock:
+            self._tell(state, again=True)
+            running = [r for r in state.missing if self._status(r) == "runs"]
         while (silent := [r for r in running if self._heard_s[r] < asked_s]) and time.monotonic() < asked_s + LISTEN_S:
-            self._changed.wait(LOOK_EVERY_S)
-        self.check_running(doing)
-        for r in silent:
-            silence = "does not answer: its process is stopped or busy, or the network between is slow or down"
-            self._states[r] = State("runs", self.run, silence)
-        late = running or [r for r in self.peers if self._status(r) == "runs"] or state.missing
-        names = ", ".join(f"rank {r}" for r in late)
-        why = f"rank {self.rank} waited {self.timeout_s:g} s in {doing}; late: {names}"
-        self._raise(CommTimeout(f"{why}\n{self._table(state)}"))
+            self._news.wait(LOOK_EVERY_S)
+        with self._lock:
+            self.check_running(doing)
+            for r in silent:
+                silence = "does not answer: its process is stopped or busy, or the network between is slow or down"
+                self._states[r] = State("runs", self.run, silence)
+            late = running or [r for r in self.peers if self._status(r) == "runs"] or state.missing
+            names = ", ".join(f"rank {r}" for r in late)
+            why = f"rank {self.rank} waited {self.timeout_s:g} s in {doing}; late: {names}"
+            self._raise(CommTimeout(f"{why}\n{self._table(state)}"))
 
     def _status(self, rank: int) -> str:
         state = self._states[rank]

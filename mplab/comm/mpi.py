@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from mplab.comm.bell import Bell
 from mplab.comm.wire import Deliver, Lose, Wire, opened
 
 if TYPE_CHECKING:
@@ -65,13 +66,13 @@ class MpiWire(Wire):
         self._sent: deque[_Sent] = deque()
         self._coming: deque[_Coming] = deque()
         self._talking = set(self.peers)  # they have not said their last word
-        self._woken = threading.Event()
+        self._woken = Bell()
         self._is_closed = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name="mplab-mpi")
         self._thread.start()
 
     def expect(self) -> None:
-        self._woken.set()
+        self._woken.ring()
 
     def flush(self, timeout_s: float) -> None:
         end_s = time.monotonic() + timeout_s
@@ -83,7 +84,7 @@ class MpiWire(Wire):
         while (self._sent or self._talking) and self._thread.is_alive() and time.monotonic() < end_s:
             time.sleep(_LOOK_S)
         self._is_closed = True
-        self._woken.set()
+        self._woken.ring()
         self._thread.join()
         _unread.extend(self._sent)
 
@@ -97,7 +98,7 @@ class MpiWire(Wire):
                 except RuntimeError as error:
                     broken.append((peer, str(error)))
             self._sent.append(_Sent(requests, memory))
-        self._woken.set()
+        self._woken.ring()
         for peer, reason in broken:
             self._lose(peer, reason)
 
@@ -107,14 +108,13 @@ class MpiWire(Wire):
         last_s = time.monotonic()
         try:
             while not self._is_closed:
-                if any([self._meet(), self._receive(), self._release()]) or self._woken.is_set():
-                    self._woken.clear()
+                if any([self._meet(), self._receive(), self._release(), self._woken.wait(0)]):
                     last_s = time.monotonic()
                 sleep_s = min(LATEST_S, LATE_SHARE * (time.monotonic() - last_s))
                 if sleep_s < SHORTEST_SLEEP_S:
                     os.sched_yield()
-                else:
-                    self._woken.wait(sleep_s)
+                elif self._woken.wait(sleep_s):
+                    last_s = time.monotonic()
         except RuntimeError as error:  # MPI's; most libraries rather end all processes
             for peer in self._talking:
                 self._lose(peer, str(error))
