@@ -35,9 +35,10 @@ def kernel_environment() -> dict[str, str]:
     """This process's, without pytest's mark: a kernel that sees it captures no output of child processes.
 
     MPLAB_ORDERED_OUTPUT: what ranks print comes at the end of a run, in rank order, and not as it happens.
+    OMP_WAIT_POLICY: torch's second thread, which waits in a loop, would take a core from the kernel of another worker.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    return environment | {"MPLAB_ORDERED_OUTPUT": "1"}
+    return environment | {"MPLAB_ORDERED_OUTPUT": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
 START_TIMEOUT_S = 60
+POLL_MS = 100
 ANNOUNCEMENTS = "@jupyterlab/apputils-extension:announcements"
 
 
@@ -59,7 +60,7 @@ class Lab:
 
     def wait_until_idle(self, timeout_s: float = 60) -> None:
         """Wait until no cell is queued or running; one that raised ends the wait too: the rest is then dropped."""
-        self.page.wait_for_function(IS_IDLE, timeout=timeout_s * 1e3)
+        self.page.wait_for_function(IS_IDLE, timeout=timeout_s * 1e3, polling=POLL_MS)
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
         """Ask again and again, and say what did not come about."""
@@ -67,7 +68,7 @@ class Lab:
         while not condition():
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"{self.path.name}: not within {timeout_s:g} s: {what}; errors: {self.errors()}")
-            self.page.wait_for_timeout(100)
+            self.page.wait_for_timeout(POLL_MS)
 
     def run_cell(self, index: int) -> None:
         """Select the cell with this index among all cells, and run it alone; does not wait."""
@@ -106,8 +107,9 @@ class Lab:
 class Jupyter:
     """A running JupyterLab server and the browser that looks at it.
 
-    One page shows one notebook after the other: to load JupyterLab again for each takes a browser four times as long as
-    all else.
+    One page shows one notebook after the other, and one kernel runs them: to load JupyterLab again for each takes a
+    browser four times as long as all else, and a new kernel imports torch and plotly for longer than most cells run.
+    What a notebook leaves in the kernel, names and widgets, is gone before the next; a test that fails ends the kernel.
     """
 
     browser: Any
@@ -115,6 +117,7 @@ class Jupyter:
     address: str
     token: str
     page: Page | None = None
+    kernel_id: str | None = None  # of the kernel that ran the notebook before
 
     @contextlib.contextmanager
     def open(self, source: Path, screenshot: Path | None = None) -> Iterator[Lab]:
@@ -145,26 +148,43 @@ class Jupyter:
         page.on("request", note_request)
         page.on("pageerror", note_error)
         try:
-            if is_new:
-                page.goto(f"{self.address}/lab/tree/{path.name}?token={self.token}&reset")
-            else:
-                page.evaluate(OPEN, path.name)
-            page.wait_for_function(IS_OPEN, timeout=START_TIMEOUT_S * 1e3)
-            yield lab
+            try:
+                if is_new:
+                    page.goto(f"{self.address}/lab/tree/{path.name}?token={self.token}&reset")
+                else:
+                    page.evaluate(OPEN, [path.name, self.kernel_id])
+                self.kernel_id = None
+                page.wait_for_function(IS_OPEN, timeout=START_TIMEOUT_S * 1e3, polling=POLL_MS)
+                yield lab
+            finally:
+                if screenshot is not None:
+                    page.screenshot(path=screenshot)
+            self.kernel_id = page.evaluate(FORGET, FORGET_IN_PYTHON)
         finally:
-            if screenshot is not None:
-                page.screenshot(path=screenshot)
-            with contextlib.suppress(Exception):  # a page that is already gone has no kernel to stop
-                page.remove_listener("request", note_request)
-                page.remove_listener("pageerror", note_error)
+            page.remove_listener("request", note_request)
+            page.remove_listener("pageerror", note_error)
+            if self.kernel_id is None:
+                self._end_page_and_kernels()
+            else:
                 page.evaluate(CLOSE)
+
+    def _end_page_and_kernels(self) -> None:
+        """What a test that failed left may wait for something, for ever."""
+        self.page.close()
+        url, token = f"{self.address}/api/kernels", f"token={self.token}"
+        with urllib.request.urlopen(f"{url}?{token}", timeout=START_TIMEOUT_S) as answer:
+            kernels = json.load(answer)
+        for kernel in kernels:
+            end = urllib.request.Request(f"{url}/{kernel['id']}?{token}", method="DELETE")
+            urllib.request.urlopen(end, timeout=START_TIMEOUT_S).close()
 
 
 @contextlib.contextmanager
-def jupyterlab(folder: Path) -> Iterator[Jupyter]:
+def jupyterlab(folder: Path, **variables: str) -> Iterator[Jupyter]:
     """JupyterLab on 127.0.0.1 with a token, rooted at an empty `folder` of its own, and a headless Chromium.
 
-    Its settings and its workspaces are in `folder` too: neither those of the user nor the repository are touched.
+    Its settings and its workspaces are in `folder` too: neither those of the user nor the repository are touched. The
+    `variables` are added to the environment of its kernels.
     """
     from playwright.sync_api import sync_playwright
 
@@ -185,6 +205,7 @@ def jupyterlab(folder: Path) -> Iterator[Jupyter]:
         "JUPYTERLAB_SETTINGS_DIR": str(config / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(config / "workspaces"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        **variables,
     }
     environment.pop("PYTEST_CURRENT_TEST", None)  # a kernel that sees it captures no output of child processes
     log = config / "server.log"
@@ -257,14 +278,32 @@ IS_OPEN = f"""() => {{
   return !!cells && cells.length > 0 && widget.context.sessionContext.session?.kernel?.status === "idle";
 }}"""
 
-OPEN = "async path => { await window.jupyterapp.commands.execute('docmanager:open', { path, factory: 'Notebook' }); }"
+OPEN = """async ([path, id]) => {
+  const kernel = id ? { id } : undefined;
+  await window.jupyterapp.commands.execute("docmanager:open", { path, factory: "Notebook", kernel });
+}"""
 
-# What was changed on the page is not asked about, and its kernel ends.
+# The kernel is as good as new for the next notebook, but for what is imported; one that does not answer is to end.
+FORGET_IN_PYTHON = """
+try:
+    from ipywidgets import Widget
+except ImportError:
+    pass
+else:
+    Widget.close_all()
+%reset -f
+"""
+FORGET = f"""async code => {{
+  {NOTEBOOK}
+  const kernel = widget.context.sessionContext.session.kernel;
+  const forgotten = kernel.requestExecute({{ code, silent: true, store_history: false }}).done.then(() => kernel.id);
+  return Promise.race([forgotten, new Promise(resolve => setTimeout(resolve, 10_000, null))]);
+}}"""
+
+# What was changed on the page is not asked about.
 CLOSE = """async () => {
-  const { shell, serviceManager } = window.jupyterapp;
-  const notebook = shell.currentWidget;
+  const notebook = window.jupyterapp.shell.currentWidget;
   if (notebook.context.model.dirty) await notebook.context.save();
-  await serviceManager.sessions.shutdownAll();
   notebook.close();
 }"""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 
 import pytest
@@ -59,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: else the garbage collector looks through 600,000 objects again and again."""
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])  # the first one loads as much again as torch itself
+    gc.collect()
+    gc.freeze()
 
 
 def why_no_gpu() -> str | None:

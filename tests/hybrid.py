@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from mplab.models import GPT, GPTConfig, cross_entropy, seed_parameters
 from mplab.parallel import HybridParallel, Serial
 from mplab.world import Rank
 
-LENGTH, WIDTH, NUM_SAMPLES, NUM_STEPS = 8, 16, 17, 5  # 17 is divided by no number of replicas or micro-batches but 1
+LENGTH, WIDTH, NUM_SAMPLES, NUM_STEPS = 8, 16, 17, 3  # 17 is divided by no number of replicas or micro-batches but 1
 TOLERANCE = 1e-10
 TOLERANCES = {"Llama": 1e-6}  # its norms compute in float32, whatever the model is: a last bit there is 6e-8 of a value
 
@@ -66,10 +66,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"tied": gpt, "untied": partial(gpt
 
 
 @cache
-def batches(num_samples: int = NUM_SAMPLES, vocabulary: int = 8, seed: int = 1) -> tuple[Batch, ...]:
+def batches(
+    num_samples: int = NUM_SAMPLES, vocabulary: int = 8, seed: int = 1, num_steps: int = NUM_STEPS
+) -> tuple[Batch, ...]:
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.randint, vocabulary, (num_samples, LENGTH), generator=generator)
-    return tuple((draw(), draw()) for _ in range(NUM_STEPS))
+    return tuple((draw(), draw()) for _ in range(num_steps))
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,16 @@ def serially(
 
 
 @cache
-def serial(name: str, optimizer: str = "sgd", max_norm: float | None = None, num_samples: int = NUM_SAMPLES) -> Trained:
+def serial(
+    name: str,
+    optimizer: str = "sgd",
+    max_norm: float | None = None,
+    num_samples: int = NUM_SAMPLES,
+    num_steps: int = NUM_STEPS,
+) -> Trained:
     """Of one of `MODELS`, once for all tests that need it."""
-    return serially(MODELS[name](), batches(num_samples), OPTIMIZERS[optimizer], max_norm=max_norm)
+    data = batches(num_samples, num_steps=num_steps)
+    return serially(MODELS[name](), data, OPTIMIZERS[optimizer], max_norm=max_norm)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -129,8 +138,14 @@ def others(model: nn.Module, plan: Plan, rank: Rank) -> nn.Module:
     place = Mesh(plan.dp, plan.pp, plan.tp).coordinates(rank.index)
     if place["dp"] == place["tp"] == 0:
         return model
+    return reseeded(model, rank.index)
+
+
+@lru_cache(maxsize=64)
+def reseeded(model: nn.Module, seed: int) -> nn.Module:
+    """A copy with other weights, made once for a model: an engine changes none that it is given."""
     other = copy.deepcopy(model)
-    seed_parameters(other, seed=rank.index)
+    seed_parameters(other, seed)
     return other
 
 

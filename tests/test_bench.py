@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
+import runpy
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import SUBPROCESS
 from test_children import is_running
 
 import mplab.bench.all_reduce
@@ -18,6 +19,7 @@ import mplab.bench.world
 from mplab import MplabError
 from mplab.bench import BENCHMARKS, all_reduce, main
 from mplab.bench.common import Row, compare, format_bytes, paired, skipped, table
+from mplab.world import children
 from mplab.world.children import GlooProcesses
 
 KEYS = {"case", "peer", "ratio", "low", "high", "runs"}
@@ -124,6 +126,7 @@ def test_a_call_lasts_from_last_to_last() -> None:
 
 
 def test_all_reduce_in_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "subprocess", SUBPROCESS)
     monkeypatch.setattr(all_reduce, "COPY_FROM_BYTES", 4096)
     rows = all_reduce.run((1024, 4096), (2,), 2)
     small, large = ("2 ranks, 1 KB", "2 ranks, 4 KB")
@@ -163,6 +166,7 @@ def test_gloo_is_gone_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(is_running(process.pid) for process in made[0].processes)
         raise ZeroDivisionError
 
+    monkeypatch.setattr(children, "subprocess", SUBPROCESS)
     monkeypatch.setattr(all_reduce, "GlooProcesses", remember)
     monkeypatch.setattr(all_reduce, "time_threads", fail)
     with pytest.raises(ZeroDivisionError):
@@ -216,9 +220,12 @@ time.sleep(60)
     assert not is_running(pid)
 
 
-def test_the_script_of_the_launchers_needs_torch_alone() -> None:
-    code = f"import runpy, sys; runpy.run_path({str(mplab.bench.world.SCRIPT)!r}); sys.exit('mplab' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_the_script_of_the_launchers_needs_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = mplab.bench.world.SCRIPT
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mplab"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert runpy.run_path(str(script))["START"]
+    assert "mplab" not in sys.modules
 
 
 def test_rows_are_frozen() -> None:

@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import pytest
+from forked import SUBPROCESS
 
 from mplab import MplabError
 from mplab.bench import data, pipeline, tensor, zero
 from mplab.bench.common import Row
 from mplab.bench.tensor import Case
 from mplab.bench.torch_data import NUM_RANKS, Size
+from mplab.world import children
 from mplab.world.children import GlooProcesses
 
 TINY = Size(width=8, sequence=8, batch_size=4)
@@ -20,9 +22,11 @@ TINY = Size(width=8, sequence=8, batch_size=4)
 
 @pytest.fixture(scope="module")
 def gloo() -> Iterator[GlooProcesses]:
-    """To start processes, and to load torch in them, takes longer than all that they do here."""
-    with GlooProcesses(NUM_RANKS) as processes:
-        yield processes
+    """Torch's, for all tests. They are forked, as are those that a benchmark starts besides."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(children, "subprocess", SUBPROCESS)
+        with GlooProcesses(NUM_RANKS) as processes:
+            yield processes
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ LABS = ROOT / "labs"
 
 @pytest.fixture(scope="module")
 def jupyter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jupyter]:
-    with jupyterlab(tmp_path_factory.mktemp("labs")) as running:
+    # A second thread of torch would wait for work in a loop, on a core that a rank or another worker needs.
+    with jupyterlab(tmp_path_factory.mktemp("labs"), OMP_NUM_THREADS="1") as running:
         yield running
 
 

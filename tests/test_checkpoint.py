@@ -34,7 +34,7 @@ from mplab.parallel import checkpoint_files as files
 from mplab.parallel.checkpoint import merge
 
 ROOT = Path(__file__).parent.parent
-VOCABULARY, LENGTH, BEFORE, STEPS = 16, 8, 4, 8
+VOCABULARY, LENGTH, BEFORE, STEPS = 16, 8, 2, 5
 TOLERANCE = 1e-10
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -178,13 +178,17 @@ def alike(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: floa
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A folder with the checkpoint after four steps of a model by a plan, made once."""
+    """A folder with the checkpoint after the first steps of a model by a plan, made once."""
     made: dict[tuple[str, ...], Path] = {}
 
     def of(plan: str, model: str = "gpt", optimizer: str = "adamw") -> Path:
@@ -205,7 +209,7 @@ def tolerance_of(model: str) -> float:
 
 
 def goes_on(root: Path, plan: str, model: str = "gpt", optimizer: str = "adamw") -> Parallelized:
-    """Load into a model of other weights, take four more steps, and compare with eight of serial training."""
+    """Load into a model of other weights, take the steps that are left, and compare with all of serial training."""
     trained = lay_out(plan, MODELS[model](seed=7), optimizer)
     assert trained.load(root) == {"batch": BEFORE, "of": model}
     assert trained.num_steps == BEFORE
@@ -221,8 +225,8 @@ def goes_on(root: Path, plan: str, model: str = "gpt", optimizer: str = "adamw")
 # Every plan is saved from and loaded into, and 2 ranks become 1, 2, 3 and 4.
 PAIRS = [
     ("1", "dp2"), ("dp2", "1"), ("dp2", "tp2"), ("tp2", "dp3"), ("dp3", "tp4"), ("tp4", "2x1x2"), ("2x1x2", "2x2x1"),
-    ("2x2x1", "1x2x2"), ("1x2x2", "pp2"), ("pp2", "2x1x2"), ("2x1x2", "1"), ("dp2", "dp2"), ("2x2x1", "dp2 whole"),
-    ("dp2 whole", "1x2x2"), ("tp2", "tp4"), ("dp2", "dp3"), ("dp3", "2x2x1"), ("1x2x2", "tp2"),
+    ("2x2x1", "1x2x2"), ("1x2x2", "pp2"), ("pp2", "2x1x2"), ("dp2", "dp2"), ("2x2x1", "dp2 whole"),
+    ("dp2 whole", "1x2x2"),
 ]  # fmt: skip
 
 
@@ -231,11 +235,18 @@ def test_any_plan_goes_on_where_another_stopped(before: str, after: str, saved: 
     goes_on(saved(before), after)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "sgd"])
 @pytest.mark.parametrize(
-    ("before", "after"), [("2x2x1", "2x1x2"), ("2x1x2", "1x2x2"), ("1", "dp2"), ("dp2", "1")], ids=lambda name: name
+    ("optimizer", "before", "after"),
+    [
+        ("momentum", "2x2x1", "2x1x2"),
+        ("momentum", "2x1x2", "1x2x2"),
+        ("momentum", "1", "dp2"),
+        ("momentum", "dp2", "1"),
+        ("sgd", "2x2x1", "2x1x2"),
+        ("sgd", "2x1x2", "1"),
+    ],
 )
-def test_with_other_optimizers(before: str, after: str, optimizer: str, saved: Callable[..., Path]) -> None:
+def test_with_other_optimizers(optimizer: str, before: str, after: str, saved: Callable[..., Path]) -> None:
     goes_on(saved(before, optimizer=optimizer), after, optimizer=optimizer)
 
 
@@ -310,11 +321,11 @@ def test_saved_again_and_again(saved: Callable[..., Path], tmp_path: Path) -> No
         trained = lay_out(plan, gpt(seed=7))
         trained.load(tmp_path / "runs")
         assert trained.step(batches()[step]) == pytest.approx(losses[step], abs=TOLERANCE)
-        assert trained.save(tmp_path / "runs").name == f"step-{step + 1:08d}"
-    trained = lay_out("1", gpt(seed=7))
-    trained.load(tmp_path / "runs" / "step-00000005")
-    assert trained.num_steps == 5
-    assert trained.step(batches()[5]) == pytest.approx(losses[5], abs=TOLERANCE)
+        assert trained.save(tmp_path / "runs").name == step_folder(step + 1)
+    trained, old = lay_out("1", gpt(seed=7)), BEFORE + 1
+    trained.load(tmp_path / "runs" / step_folder(old))
+    assert trained.num_steps == old
+    assert trained.step(batches()[old]) == pytest.approx(losses[old], abs=TOLERANCE)
 
 
 def test_before_the_first_step(tmp_path: Path) -> None:
@@ -374,7 +385,7 @@ def test_groups_of_parameters_keep_their_settings(tmp_path: Path) -> None:
         return torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "lr": lr / 2}], lr=lr)
 
     trained = lay_out("1", gpt(), of_two)
-    losses = trained.steps(batches()[:5])
+    losses = trained.steps(batches()[: BEFORE + 1])
     again = lay_out("1", gpt(), of_two)
     again.steps(batches()[:BEFORE])
     again.save(tmp_path)
@@ -382,7 +393,7 @@ def test_groups_of_parameters_keep_their_settings(tmp_path: Path) -> None:
     resumed.load(tmp_path)
     for engine in resumed.engines.values():
         assert [group["lr"] for group in engine.optimizer.param_groups] == [0.01, 0.005]
-    assert resumed.step(batches()[4]) == pytest.approx(losses[4], abs=TOLERANCE)
+    assert resumed.step(batches()[BEFORE]) == pytest.approx(losses[BEFORE], abs=TOLERANCE)
 
 
 def test_a_step_that_failed_is_not_counted() -> None:
@@ -475,13 +486,14 @@ def test_an_optimizer_that_does_not_treat_every_element_alike_is_refused(tmp_pat
 def test_whatever_an_optimizer_remembers(factory: Any, tmp_path: Path) -> None:
     model = with_numbers()
     engine = Serial(model, factory(model.parameters()))
-    losses = [engine.step(batch) for batch in batches()[:6]]
+    data = batches()[: BEFORE + 2]  # after more steps it shows that torch loads NAdam's product in another dtype
+    losses = [engine.step(batch) for batch in data]
     first = lay_out("dp2", with_numbers(), factory)
     first.steps(batches()[:BEFORE])
     first.save(tmp_path)
     resumed = lay_out("dp3", with_numbers(seed=7), factory)
     resumed.load(tmp_path)
-    assert resumed.steps(batches()[BEFORE:6]) == pytest.approx(losses[BEFORE:], abs=TOLERANCE)
+    assert resumed.steps(data[BEFORE:]) == pytest.approx(losses[BEFORE:], abs=TOLERANCE)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -523,8 +535,10 @@ OTHER_MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("plan", ["1", "2x2x1", "2x1x2"])
-@pytest.mark.parametrize("other", OTHER_MODELS)
+@pytest.mark.parametrize(
+    ("other", "plan"),
+    [(other, ("1", "2x2x1", "2x1x2")[(i + j) % 3]) for i, other in enumerate(OTHER_MODELS) for j in (0, 1)],
+)
 def test_another_model_is_refused(other: str, plan: str, saved: Callable[..., Path]) -> None:
     make, message = OTHER_MODELS[other]
     if other == "of another kind" and plan == "2x1x2":
@@ -574,20 +588,28 @@ def _flip(path: Path) -> None:
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
-@pytest.mark.parametrize("plan", ["2x1x2", "1x2x2"])
-@pytest.mark.parametrize("file", ["rank-00003.safetensors", "manifest.json"])
-@pytest.mark.parametrize("damage", [_cut, _flip, Path.unlink], ids=["cut", "flipped", "missing"])
+@pytest.mark.parametrize(
+    ("damage", "file", "plan"),
+    [
+        (_cut, "rank-00003.safetensors", "2x1x2"),
+        (_cut, "manifest.json", "1x2x2"),
+        (_flip, "rank-00003.safetensors", "1x2x2"),
+        (_flip, "manifest.json", "2x1x2"),
+        (Path.unlink, "rank-00003.safetensors", "2x1x2"),
+        (Path.unlink, "manifest.json", "1x2x2"),
+    ],
+)
 def test_a_damaged_checkpoint_loads_nowhere_and_the_one_before_does(
     damage: Callable[[Path], None], file: str, plan: str, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
     shutil.copytree(saved("2x2x1"), tmp_path / "runs")
-    newer = tmp_path / "runs" / "step-00000005"
-    shutil.copytree(tmp_path / "runs" / "step-00000004", newer)
+    older, newer = (tmp_path / "runs" / step_folder(step) for step in (BEFORE, BEFORE + 1))
+    shutil.copytree(older, newer)
     damage(newer / file)
     trained = lay_out(plan, gpt(seed=7))
-    refused(trained, tmp_path / "runs", f"step-00000005/{file}")
-    assert trained.load(newer.with_name("step-00000004"))["batch"] == BEFORE
-    with pytest.raises(CheckpointError, match=f"step-00000005/{file}"):
+    refused(trained, tmp_path / "runs", f"{newer.name}/{file}")
+    assert trained.load(older)["batch"] == BEFORE
+    with pytest.raises(CheckpointError, match=f"{newer.name}/{file}"):
         merge(tmp_path / "runs", tmp_path / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -612,11 +634,11 @@ def test_the_same_step_twice_is_refused_and_training_goes_on(tmp_path: Path) -> 
     trained = lay_out("2x2x1", gpt())
     trained.steps(batches()[:BEFORE])
     trained.save(tmp_path)
-    with pytest.raises(CheckpointError, match="has a checkpoint of step 4 already"):
+    with pytest.raises(CheckpointError, match=f"has a checkpoint of step {BEFORE} already"):
         trained.save(tmp_path)
     assert trained.steps(batches()[BEFORE:]) == pytest.approx(serial("gpt", "adamw")[0][BEFORE:], abs=TOLERANCE)
     trained.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000008"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [step_folder(BEFORE), step_folder(STEPS)]
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -638,9 +660,9 @@ def test_a_rank_that_can_not_write_leaves_the_one_before(
         patch.setattr(files, "write", full)
         with pytest.raises(CheckpointError, match=rf"rank-0000{rank}\.safetensors can't be written"):
             trained.save(tmp_path)
-    assert files.latest(tmp_path).name == "step-00000004"
+    assert files.latest(tmp_path).name == step_folder(BEFORE)
     trained.save(tmp_path)
-    assert files.Checkpoint(tmp_path).manifest["step"] == 5
+    assert files.Checkpoint(tmp_path).manifest["step"] == BEFORE + 1
 
 
 # --- one plain state_dict --------------------------------------------------------------------------------------------
@@ -671,7 +693,7 @@ def test_what_was_merged_stays_when_the_checkpoint_goes(tmp_path: Path, saved: C
     shutil.copytree(saved("2x2x1"), tmp_path / "runs")
     state = merge(tmp_path / "runs", tmp_path / "model.safetensors")
     before = copies(state)
-    for path in (tmp_path / "runs" / "step-00000004").iterdir():
+    for path in (tmp_path / "runs" / step_folder(BEFORE)).iterdir():
         path.write_bytes(bytes(path.stat().st_size))
     alike(state, before)
     with pytest.raises(CheckpointError, match=r"nowhere.*can't be written"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from forked import CONTEXT, SUBPROCESS
 
 from mplab import MplabError
 from mplab.world import children
@@ -58,7 +58,8 @@ def test_processes_answer_in_rank_order_and_a_failure_ends_them() -> None:
     assert not any(is_running(process.pid) for process in gloo.processes)
 
 
-def test_processes_are_gone_after_an_exception() -> None:
+def test_processes_are_gone_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "subprocess", SUBPROCESS)
     gloo = GlooProcesses(1)
     with pytest.raises(KeyboardInterrupt), gloo:
         raise KeyboardInterrupt
@@ -75,18 +76,22 @@ def test_processes_that_cannot_start_are_gone_too(monkeypatch: pytest.MonkeyPatc
     assert not any(is_running(process.pid) for process in gloo.processes)
 
 
+def start_and_wait(pids: Connection) -> None:
+    with GlooProcesses(2) as gloo:
+        pids.send([process.pid for process in gloo.processes])
+        time.sleep(60)
+
+
 def test_processes_die_with_their_parent() -> None:
-    code = (
-        "import time; from mplab.world.children import GlooProcesses\n"
-        "with GlooProcesses(2) as gloo: print(*(p.pid for p in gloo.processes), flush=True); time.sleep(60)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(children.__file__).parents[2])}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as parent:
-        assert parent.stdout is not None
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(pids) == 2
-        assert all(map(is_running, pids))
-        parent.send_signal(signal.SIGKILL)
+    """The parent is forked, the two processes are started as ever."""
+    here, there = CONTEXT.Pipe()
+    parent = CONTEXT.Process(target=start_and_wait, args=(there,))
+    parent.start()
+    pids = here.recv()
+    assert len(pids) == 2
+    assert all(map(is_running, pids))
+    parent.kill()
+    parent.join()
     end = time.monotonic() + 10
     while any(map(is_running, pids)) and time.monotonic() < end:
         time.sleep(0.05)

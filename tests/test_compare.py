@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM_ARGS, find_chromium
+from drawing import draw, drawing_page
 from test_timeline import BOXES, bars, labels
 
 from mplab.errors import MplabError
@@ -219,9 +219,9 @@ def test_the_notes_stand_under_both_figures() -> None:
 
 def test_without_plotly_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    for draw in (BOTH.figure, BOTH.parts_figure):
+    for figure in (BOTH.figure, BOTH.parts_figure):
         with pytest.raises(MplabError, match="pip install"):
-            draw()
+            figure()
 
 
 def many() -> Comparison:
@@ -242,22 +242,21 @@ def many() -> Comparison:
     return Comparison(timeline(1 * MS, (long,)), timeline(1.1 * MS, (long, SHARED)), causes, "interleaved")
 
 
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    with drawing_page() as made:
+        yield made
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [600, 1100])
-def test_no_part_of_the_figures_meets_another_or_is_cut(width: int, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGS)
-        for comparison in (BOTH, many()):
-            for figure in (comparison.figure(), comparison.parts_figure()):
-                figure.write_html(tmp_path / "figure.html", include_plotlyjs=True)
-                page = browser.new_page(viewport={"width": width, "height": figure.layout.height + 40})
-                page.goto((tmp_path / "figure.html").as_uri())
-                page.wait_for_selector(".annotation")
-                check_boxes(page.evaluate(BOXES), width, figure.layout.height)
-                page.close()
-        browser.close()
+def test_no_part_of_the_figures_meets_another_or_is_cut(page: Any, width: int) -> None:
+    for comparison in (BOTH, many()):
+        for figure in (comparison.figure(), comparison.parts_figure()):
+            draw(page, figure, width)
+            boxes = page.evaluate(BOXES)
+            assert boxes["notes"]
+            check_boxes(boxes, width, figure.layout.height)
 
 
 def check_boxes(boxes: dict[str, Any], width: int, height: int) -> None:

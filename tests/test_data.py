@@ -110,9 +110,10 @@ def assert_all_alike(of_ranks: Sequence[Trained], want: Trained, tolerance: floa
 
 
 @pytest.mark.parametrize("variant", dp.MODELS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_it_is_serial_training_to_the_bit(variant: str, optimizer: str, num_ranks: int) -> None:
+def test_it_is_serial_training_to_the_bit(variant: str, num_ranks: int) -> None:
+    """Every model on every number of ranks, each of both with both optimizers."""
+    optimizer = ("sgd", "adamw")[([*dp.MODELS].index(variant) + num_ranks) % 2]
     want = serial(variant, optimizer, num_ranks, torch.float32, num_steps=dp.NUM_STEPS)
     assert len(want.losses) == 10
     got = of_variant(variant, optimizer, num_ranks, torch.float32, num_steps=dp.NUM_STEPS, bucket_bytes=200)
@@ -126,11 +127,11 @@ def test_neither_buckets_nor_overlap_change_a_bit(variant: str, bucket_bytes: in
     assert_all_alike(got, serial(variant, "sgd", 3))
 
 
-@pytest.mark.parametrize("num_microbatches", [2, 3])
 @pytest.mark.parametrize("variant", dp.MODELS)
-def test_micro_batches_add_up_to_their_shard(variant: str, num_microbatches: int) -> None:
+def test_micro_batches_add_up_to_their_shard(variant: str) -> None:
     """On four ranks of 11 samples some shards have fewer than three."""
-    for n, overlap in ((1, True), (3, False), (4, True)):
+    more = [*dp.MODELS].index(variant) % 2
+    for n, overlap, num_microbatches in ((1, True, 2 + more), (3, False, 3 - more), (4, True, 3 - more)):
         got = of_variant(variant, "adamw", n, num_microbatches=num_microbatches, overlap=overlap, bucket_bytes=200)
         assert_all_alike(got, serial(variant, "adamw", n), 1e-10)
 

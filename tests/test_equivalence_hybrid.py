@@ -1,7 +1,8 @@
 """Every strategy at once is serial training: whatever the mesh, the schedule and what is sharded.
 
-Every loss, every merged gradient after the last step, and the weights after five steps, on every rank; all of these the
-same to the bit on all ranks. SGD, so that a gradient of a wrong scale shows, but where a test says otherwise.
+Every loss, every merged gradient after the last step, and the weights then, on every rank; all of these the same to the
+bit on all ranks. SGD, so that a gradient of a wrong scale shows, but where a test says otherwise. Three steps: the
+second is the first that the optimizer's memory counts in; of a few plans ten.
 """
 
 from __future__ import annotations
@@ -112,6 +113,21 @@ SETTINGS: list[tuple[str, Plan, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "plan", "options"), SETTINGS, ids=lambda value: str(value))
 def test_every_setting(name: str, plan: Plan, options: dict[str, Any]) -> None:
     check(name, plan, **options)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(2, 2, 2, (2,), "1f1b", 3, 1, True),
+        Plan(1, 2, 2, (2,), "zero_bubble", 2),
+        Plan(2, 1, 2, zero=3),
+    ],
+    ids=str,
+)
+def test_ten_steps(plan: Plan) -> None:
+    data = batches(num_steps=10)
+    assert len(data) == 10
+    assert_alike(train(gpt(), plan, data), serial("tied", num_steps=10))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -70,10 +70,11 @@ def raising(*_: object) -> None:
 
 
 @ways
-@pytest.mark.parametrize("where", ["forward of micro-batch 1", "backward of micro-batch 0", "update"])
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("where", "num_ranks"), [("forward of micro-batch 1", 2), ("backward of micro-batch 0", 4), ("update", 2)]
+)
 def test_a_rank_that_raises_in_a_block_is_named_with_its_action(
-    num_ranks: int, where: str, options: dict[str, Any]
+    where: str, num_ranks: int, options: dict[str, Any]
 ) -> None:
     seen: list[BaseException] = []
 

@@ -19,7 +19,6 @@ import torch
 from hybrid import (
     LENGTH,
     NUM_SAMPLES,
-    NUM_STEPS,
     OPTIMIZERS,
     TOLERANCE,
     WIDTH,
@@ -402,18 +401,18 @@ PLANS = [
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_steps_of_several_runs_are_those_of_one_to_the_bit(plan: Plan) -> None:
-    model, world = gpt(), World(plan.num_ranks, "cpu")
-    want = train(model, plan, batches(), max_norm=0.3)
+    model, world, data = gpt(), World(plan.num_ranks, "cpu"), batches(num_steps=4)
+    want = train(model, plan, data, max_norm=0.3)
     trained = parallelize(model, world, plan, optimizer=OPTIMIZERS["sgd"], max_norm=0.3)
     assert trained.plan == plan
     assert trained.world is world
     assert set(trained.engines) == {*range(plan.num_ranks)}
-    losses = [trained.step(batches()[0])]
-    losses += trained.steps(batches()[1:3])
-    losses += [trained.step(batch) for batch in batches()[3:]]
+    losses = [trained.step(data[0])]
+    losses += trained.steps(data[1:3])
+    losses += [trained.step(batch) for batch in data[3:]]
     assert losses == want.losses
     assert trained.steps([]) == []
-    assert trained.num_steps == NUM_STEPS
+    assert trained.num_steps == len(data)
     assert_same(trained.full_state_dict(), want.weights)
     assert_same(model.state_dict(), snapshot(gpt()))
 

@@ -52,6 +52,7 @@ class Watched(HybridParallel):
 
     made: ClassVar[list[weakref.ref[Watched]]] = []
     log: ClassVar[list[tuple[str, Plan]]] = []
+    frozen: ClassVar[list[str]] = []
 
     def __init__(self, model: Any, comm: Any, plan: Plan, **options: Any) -> None:
         alive = [engine.plan for made in self.made if (engine := made()) is not None]
@@ -65,22 +66,40 @@ class Watched(HybridParallel):
 
     def step(self, batch: Batch) -> float:
         assert batch is BATCH
-        assert gc.get_freeze_count()
+        assert self.frozen == ["freeze"]
         if self.comm.rank == 0:
             self.log.append(("step", self.plan))
         return super().step(batch)
+
+
+def remember(name: str) -> None:
+    Watched.frozen.append(name)
+
+
+def test_what_the_caller_has_frozen_stays_so() -> None:
+    num_frozen = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        measure_plans(gpt(), PLANS[1:2], BATCH, 1, 1, SGD)
+        assert gc.get_freeze_count() > num_frozen
+    finally:
+        if not num_frozen:
+            gc.unfreeze()
 
 
 def test_plans_take_turns_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "HybridParallel", Watched)
     monkeypatch.setattr(Watched, "made", [])
     monkeypatch.setattr(Watched, "log", [])
+    monkeypatch.setattr(Watched, "frozen", [])
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
+    for name in ("freeze", "unfreeze"):
+        monkeypatch.setattr(gc, name, partial(remember, name))
     a, b, c = PLANS[1:4]
-    num_frozen = gc.get_freeze_count()
     measure_plans(gpt(), iter([a, b, c]), BATCH, 3, 2, SGD)
     turns = [("made", plan) if k == 0 else ("step", plan) for plan in (a, b, c, c, b, a, a, b, c) for k in range(4)]
     assert Watched.log == turns
-    assert gc.get_freeze_count() == num_frozen
+    assert Watched.frozen == ["freeze", "unfreeze"]
     gc.collect()
     assert not any(made() for made in Watched.made)
 

@@ -61,12 +61,14 @@ def assert_goes_on(num_ranks: int, order: str, cuts: Sequence[tuple[int, ...]], 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("order", "num_ranks"),
     [("1f1b", 2), ("1f1b", 3), ("1f1b", 4), ("zero_bubble", 3), ("interleaved", 2), ("interleaved", 1), ("folded", 2)],
 )
-def test_training_goes_on_wherever_layers_are(order: str, num_ranks: int, tied: bool, optimizer: str) -> None:
+def test_training_goes_on_wherever_layers_are(order: str, num_ranks: int, optimizer: str) -> None:
+    """Tied with one optimizer and not with the other, by turns."""
+    is_even = (num_ranks + stages_a_rank(order)) % 2 == 0
+    tied = is_even == (optimizer == "adamw")
     draw = random.Random(num_ranks)
     num_stages = num_ranks * stages_a_rank(order)
     for _ in range(2):
@@ -289,26 +291,26 @@ def test_only_layers_that_change_their_rank_are_sent() -> None:
     assert len(world.ledgers[0].of("send")) == 2 * (1 + 2 * 3)
 
 
-@pytest.mark.parametrize(
-    ("cuts", "message"),
-    [
-        ((4,), "3 stages have 2, not 1"),
-        ((5, 5), "5 is there twice"),
-        ((5, 2), "out of order"),
-        ((0, 4), "0 is out of range"),
-        ((2, 8), "8 is out of range"),
-        ((2, "4"), "'4' is no whole number"),
-        (None, "they are a sequence"),
-    ],
-)
-def test_bad_cuts_move_nothing(cuts: Any, message: str) -> None:
+BAD_CUTS: list[tuple[Any, str]] = [
+    ((4,), "3 stages have 2, not 1"),
+    ((5, 5), "5 is there twice"),
+    ((5, 2), "out of order"),
+    ((0, 4), "0 is out of range"),
+    ((2, 8), "8 is out of range"),
+    ((2, "4"), "'4' is no whole number"),
+    (None, "they are a sequence"),
+]
+
+
+def test_bad_cuts_move_nothing() -> None:
     def work(rank: Rank) -> None:
         pipe = PipelineParallel(chain(), (2, 5), rank.comm, num_microbatches=3, optimizer=OPTIMIZERS["sgd"])
         losses = [pipe.step(DATA[0])]
         stages, optimizer = dict(pipe.stages), pipe.optimizer
-        with pytest.raises(MplabError, match=message):
-            pipe.move(cuts)
-        assert (pipe.cuts, pipe.stages, pipe.optimizer) == ((2, 5), stages, optimizer)
+        for cuts, message in BAD_CUTS:
+            with pytest.raises(MplabError, match=message):
+                pipe.move(cuts)
+            assert (pipe.cuts, pipe.stages, pipe.optimizer) == ((2, 5), stages, optimizer)
         losses += [pipe.step(batch) for batch in DATA[1:]]
         assert_losses(losses, serial_chain("sgd", NUM_STEPS))
 

@@ -115,45 +115,35 @@ def weights(root: Path, step: int) -> dict[str, str]:
 
 
 @needs_proc
-def test_a_killed_rank_is_started_again_and_the_weights_are_those_of_an_unbroken_run(
-    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_killed_rank_is_started_again_with_the_weights_of_an_unbroken_run_and_named_when_it_is_killed_again(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One command begins, and goes on after the newest checkpoint when torchrun gives it again."""
-    steps = ["--plan", str(plan), "--steps", "150", "--every", "10"]
+    """One command begins, goes on after the newest checkpoint when torchrun gives it again, and ends with its rank."""
+    train = [*TRAIN, "--plan", str(plan), "--every", "10"]
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    command = ["--nproc-per-node=2", "--max-restarts=1", "-m", "mplab", *TRAIN, *steps]
+    command = ["--nproc-per-node=2", "--max-restarts=1", "-m", "mplab", *train, "--steps", 100_000]
+    goes_on = re.compile(r"goes on after step (\d+) of ")
     with Torchrun(tmp_path, *command, "--save", broken, "--resume", broken) as run:
         run.wait_for((broken / "step-00000010").exists)
         os.kill(run.workers()[1], signal.SIGKILL)
-        assert run.process.wait(DEADLINE_S) == 0, run.output
-        gone_on = re.findall(r"goes on after step (\d+) of ", run.output)
-    assert len(gone_on) == 1, run.output
-    assert 10 <= int(gone_on[0]) < 150
-    monkeypatch.setenv("MPLAB_ORDERED_OUTPUT", "1")
-    assert command_line.main([*TRAIN, *steps, "--save", str(unbroken)]) == 0
-    assert weights(broken, 150) == weights(unbroken, 150)
-    assert weights(broken, 140) != weights(broken, 150)
-    # All steps are done: given again, the command has nothing to do, and fewer steps are a mistake.
-    again = [*TRAIN, "--plan", str(plan), "--save", str(unbroken), "--resume", str(unbroken)]
-    capsys.readouterr()
-    assert command_line.main([*again, "--steps", "150"]) == 0
-    assert "these are all 150 steps: nothing is left to train" in capsys.readouterr().out
-    assert command_line.main([*again, "--steps", "149"]) == 2
-    assert "it has gone 150 steps, and --steps 149 counts them: give 150 or more" in capsys.readouterr().err
+        run.wait_for(lambda: goes_on.search(run.output))
+        (last,) = map(int, goes_on.findall(run.output))
+        run.wait_for((broken / f"step-{last + 20:08d}").exists)
 
-
-@needs_proc
-def test_a_killed_rank_ends_all_and_is_named_with_its_signal(plan: Path, tmp_path: Path) -> None:
-    command = ["--nproc-per-node=2", "-m", "mplab", *TRAIN, "--plan", plan, "--steps", 100_000]
-    with Torchrun(tmp_path, *command, "--save", tmp_path / "runs", "--every", 10) as run:
-        run.wait_for((tmp_path / "runs" / "step-00000010").exists)
         workers = run.workers()
         os.kill(workers[1], signal.SIGKILL)
         killed_s = time.monotonic()
         assert run.wait_for(lambda: not any(map(is_running, workers.values()))) < killed_s + 5
         assert run.process.wait(DEADLINE_S) == 1
+    assert len(goes_on.findall(run.output)) == 1, run.output
     assert re.search(r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9", run.output), run.output
     assert "Signal 9 (SIGKILL)" in run.output
+
+    monkeypatch.setenv("MPLAB_ORDERED_OUTPUT", "1")
+    assert command_line.main([*train, "--steps", str(last + 20), "--save", str(unbroken)]) == 0
+    for step in (last, last + 20):
+        assert weights(broken, step) == weights(unbroken, step)
+    assert weights(broken, last) != weights(broken, last + 20)
 
 
 WORKER = """

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from browser import CHROMIUM_ARGS, find_chromium
+from drawing import draw, drawing_page
 from test_show import hops_of
 from test_show_plan import CLUSTER, CORES, MEASURED, PREDICTION
 from test_show_tensor import BLOCK, SPEEDS
@@ -62,26 +61,12 @@ class Box(NamedTuple):
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    plotly = pytest.importorskip("plotly")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGS)
-        made = browser.new_page(viewport={"width": 1000, "height": 900})
-        made.add_script_tag(path=Path(plotly.__file__).parent / "package_data" / "plotly.min.js")
+    with drawing_page() as made:
         yield made
-        browser.close()
 
 
 def boxes(page: Any, figure: Any, width_px: int) -> list[Box]:
-    drawn = figure.update_layout(width=width_px).to_json()
-    page.evaluate(
-        """async drawn => {
-          document.body.innerHTML = "<div></div>";
-          const figure = JSON.parse(drawn);
-          await Plotly.newPlot(document.body.firstChild, figure.data, figure.layout);
-        }""",
-        drawn,
-    )
+    draw(page, figure.update_layout(width=width_px), 1000)
     return [Box(*box) for box in page.evaluate(BOXES, TEXTS | BESIDE)]
 
 

@@ -5,13 +5,14 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM_ARGS, find_chromium
+from drawing import draw, drawing_page
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -423,11 +424,15 @@ BOXES = """() => {
 }"""
 
 
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    with drawing_page() as made:
+        yield made
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [600, 900])
-def test_no_part_of_the_figure_meets_another_or_is_cut(width: int, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
+def test_no_part_of_the_figure_meets_another_or_is_cut(page: Any, width: int) -> None:
     many = ["embedding", "attention forward", "feed forward", "backward", "optimizer step", "clip"]
     long = Timeline(
         [Event(r, "compute", name, i, i + 0.9) for r in range(8) for i, name in enumerate(many)]
@@ -436,25 +441,19 @@ def test_no_part_of_the_figure_meets_another_or_is_cut(width: int, tmp_path: Pat
         notes=("8 ranks share 2 cores, which takes more than one line to say: " * 3, *NOTES),
         title="a title that goes on for so long that it needs a second line at any width that a notebook has",
     )
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGS)
-        for timeline in (STEP, long, replace(STEP, title=None, notes=())):
-            figure = timeline.figure()
-            figure.write_html(tmp_path / "figure.html", include_plotlyjs=True)
-            page = browser.new_page(viewport={"width": width, "height": figure.layout.height + 40})
-            page.goto((tmp_path / "figure.html").as_uri())
-            page.wait_for_selector(".scatterlayer text")
-            boxes = page.evaluate(BOXES)
-            page.close()
-            stacked = [boxes[part] for part in ("title", "legend", "plot", "ticks", "axis", "notes") if boxes[part]]
-            for above, below in pairwise(stacked):
-                assert max(b[3] for b in above) <= min(b[1] for b in below) + 1
-            for parts in boxes.values():
-                for left, top, right, bottom in parts:
-                    assert min(left, top) >= 0
-                    assert right <= width
-                    assert bottom <= figure.layout.height + 16  # with the margin of the page
-            assert max(b[2] for b in boxes["ranks"]) <= min(b[0] for b in boxes["plot"])
-            ((_, top, _, bottom),) = boxes["plot"]
-            assert bottom - top == pytest.approx(44 * timeline.num_ranks, abs=1)  # less where margins are too small
-        browser.close()
+    for timeline in (STEP, long, replace(STEP, title=None, notes=())):
+        figure = timeline.figure()
+        draw(page, figure, width)
+        boxes = page.evaluate(BOXES)
+        assert boxes["labels"]
+        stacked = [boxes[part] for part in ("title", "legend", "plot", "ticks", "axis", "notes") if boxes[part]]
+        for above, below in pairwise(stacked):
+            assert max(b[3] for b in above) <= min(b[1] for b in below) + 1
+        for parts in boxes.values():
+            for left, top, right, bottom in parts:
+                assert min(left, top) >= 0
+                assert right <= width
+                assert bottom <= figure.layout.height + 16  # with the margin of the page
+        assert max(b[2] for b in boxes["ranks"]) <= min(b[0] for b in boxes["plot"])
+        ((_, top, _, bottom),) = boxes["plot"]
+        assert bottom - top == pytest.approx(44 * timeline.num_ranks, abs=1)  # less where margins are too small

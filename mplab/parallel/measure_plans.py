@@ -65,7 +65,9 @@ def measure_plans(
     refuse(_faults(model, plans, num_samples), "these plans can't be measured")
     seconds: dict[Plan, list[float]] = {plan: [] for plan in plans}
     turns = [plan for r in range(num_rounds) for plan in (plans if r % 2 == 0 else reversed(plans))]
-    gc.freeze()  # what was there before is not looked through again and again
+    is_frozen = gc.get_freeze_count() > 0  # by the caller, who keeps it so
+    if not is_frozen:
+        gc.freeze()  # what was there before is not looked through again and again
     try:
         for plan in progress(turns, len(turns), "plans", "plan"):
             stamps_ns = World(plan.num_ranks, "cpu").run(_stamps, model, plan, batch, num_steps, optimizer)
@@ -73,7 +75,8 @@ def measure_plans(
             seconds[plan].append(1e-9 * statistics.median(end - before for before, end in pairwise(ends)))
             gc.collect()  # what a plan's ranks held is there no more when the next one's are made
     finally:
-        gc.unfreeze()
+        if not is_frozen:
+            gc.unfreeze()
     return seconds
 
 

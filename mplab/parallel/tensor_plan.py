@@ -27,6 +27,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -171,7 +172,13 @@ def resolve(
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern stands for the module at this path."""
-    return re.fullmatch("[^.]+".join(map(re.escape, pattern.split("*"))), path) is not None
+    return _regex(pattern).fullmatch(path) is not None
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    """A plan's patterns are matched with every module, and there are few of them."""
+    return re.compile("[^.]+".join(map(re.escape, pattern.split("*"))))
 
 
 def _checked(path: str, modules: Mapping[str, nn.Module], style: str, num_ranks: int) -> tuple[str, int]:

@@ -77,22 +77,24 @@ class Hops:
                 line={"color": "#B0B0B0", "width": 1},
                 hoverinfo="skip",
             )
+        arrows = []  # set together: with each that is added alone, plotly checks all before it again
         for number, step in enumerate(self.steps, start=1):
             for hop in step:
                 share = min(hop.size_bytes / full_bytes, 1.0)
-                figure.add_annotation(
-                    x=number + 0.36,
-                    y=hop.dst,
-                    ax=number - 0.36,
-                    ay=hop.src,
-                    axref="x",
-                    ayref="y",
-                    text="",
-                    arrowhead=2,
-                    arrowwidth=1.2 + (full_px - 1.2) * share,
-                    arrowsize=1.2 if share < 0.5 else 0.7,
-                    arrowcolor="#0072B2",
-                )
+                arrow = {
+                    "x": number + 0.36,
+                    "y": hop.dst,
+                    "ax": number - 0.36,
+                    "ay": hop.src,
+                    "axref": "x",
+                    "ayref": "y",
+                    "text": "",
+                    "arrowhead": 2,
+                    "arrowwidth": 1.2 + (full_px - 1.2) * share,
+                    "arrowsize": 1.2 if share < 0.5 else 0.7,
+                    "arrowcolor": "#0072B2",
+                }
+                arrows.append(arrow)
         figure.add_scatter(
             x=[number - 0.36 for number, step in enumerate(self.steps, start=1) for _ in step],
             y=[hop.src for step in self.steps for hop in step],
@@ -106,6 +108,7 @@ class Hops:
         marks = [f"{n}" if is_alike else f"{n}<br>{of_step}" for n, of_step in enumerate(sizes, start=1)]
         says = f"step: {sizes[0]} bytes in each" if is_alike else "step: how many messages × bytes"
         figure.update_layout(
+            annotations=arrows,
             showlegend=False,
             xaxis={
                 "title": {"text": says, "standoff": 8},

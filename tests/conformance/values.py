@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,12 +26,21 @@ def lengths(n: int) -> list[int]:
 def given(rank: int, shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device, salt: int = 0) -> Tensor:
     """What `rank` gives: small whole numbers, different on every rank; sums and products are exact in every dtype."""
     shape = (shape,) if isinstance(shape, int) else shape
+    if device.type == "cpu":
+        return _kept(rank, shape, dtype, device, salt).clone()
+    return _made(rank, shape, dtype, device, salt)  # on the caller's stream, so that who reads it must wait for that
+
+
+def _made(rank: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, salt: int) -> Tensor:
     numel = torch.Size(shape).numel()
     x = (torch.arange(numel, device=device) * (rank + 2) + 3 * rank + salt) % 5 - 2
     if dtype in (torch.uint8, torch.bool):
         x = x.abs() % (2 if dtype == torch.bool else 5)
     x = x.to(dtype)
     return (x * (1 + 1j) if dtype.is_complex else x).reshape(shape)
+
+
+_kept = lru_cache(maxsize=512)(_made)  # ranks that are threads of one process ask for the same ones
 
 
 def has_meaning(op: str, dtype: torch.dtype) -> bool:
