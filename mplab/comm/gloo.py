@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mplab.comm.bell import Bell
-from mplab.comm.wire import FRAME_BYTES, Deliver, Lose, Parcel, Wire, lengths, opened
+from mplab.comm.wire import FRAME_BYTES, SPARE_BYTES, Deliver, Lose, Parcel, Wire, lengths, opened
 
 # gloo must never give up by itself, for that breaks the connection: who waits too long is the guard's to say.
 _FOREVER = timedelta(days=365)
 _FRAME_TAG, _REST_TAG, _NO_TAG = 0, 1, 3
+# Small parcels are freed so many at a time: to wake a thread for each takes as long as to send it.
+_NUM_KEPT = 16
 # For threads to end after their connections were broken.
 _BREAK_S = 1.0
 
@@ -43,6 +45,7 @@ class GlooWire(Wire):
         super().__init__(rank, size, deliver, lose)
         self._sending = threading.Lock()
         self._in_flight: SimpleQueue[Any] = SimpleQueue()
+        self._kept: list[tuple[list[dist.Work | None], Tensor]] = []
         self._receivers = [
             threading.Thread(target=self._receive, args=(p,), daemon=True, name=f"mplab-from{p}") for p in self.peers
         ]
@@ -55,11 +58,15 @@ class GlooWire(Wire):
 
     def flush(self, timeout_s: float) -> None:
         is_flushed = Bell()
+        with self._sending:
+            self._free_kept()
         self._in_flight.put(is_flushed)
         is_flushed.wait(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         end_s = time.monotonic() + timeout_s
+        with self._sending:
+            self._free_kept()
         self._in_flight.put(None)
         for thread in (*self._receivers, self._releaser):
             thread.join(max(0.0, end_s - time.monotonic()))
@@ -82,9 +89,16 @@ class GlooWire(Wire):
                         works.append(dist.isend(memory[FRAME_BYTES:num_bytes], peer, tag=_REST_TAG))
                 except RuntimeError as error:
                     broken.append((peer, _reason(error)))
-        self._in_flight.put((works, memory))
+            self._kept.append((works, memory))
+            if len(self._kept) == _NUM_KEPT or memory.numel() >= SPARE_BYTES:
+                self._free_kept()
         for peer, reason in broken:
             self._lose(peer, reason)
+
+    def _free_kept(self) -> None:
+        """Free what was sent, once it is; the lock is held."""
+        self._in_flight.put(self._kept)
+        self._kept = []
 
     def _receive(self, peer: int) -> None:
         try:
@@ -110,12 +124,12 @@ class GlooWire(Wire):
             if isinstance(item, Bell):
                 item.ring()
                 continue
-            works, memory = item
-            for work in works:
-                with suppress(RuntimeError):  # the thread that receives from this peer hears of it too, and tells
-                    _wait(work)
-            self._spare.give(memory)
-            del item, works, memory
+            for works, memory in item:
+                for work in works:
+                    with suppress(RuntimeError):  # the thread that receives from this peer hears of it too, and tells
+                        _wait(work)
+                self._spare.give(memory)
+            item = works = memory = work = None
 
 
 def _wait(work: dist.Work | None, timeout: timedelta = _FOREVER) -> None:

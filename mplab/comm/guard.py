@@ -89,6 +89,8 @@ class Guard:
         self._lock = threading.RLock()
         self._news = Bell()
         self._boxes: dict[tuple[int, str], deque[Parcel]] = {}
+        # The rank is woken when all of these have come; of what is said besides, at once.
+        self._awaited: set[tuple[int, str]] = set()
         self._sent, self._received = [0] * size, [0] * size
         self._states = [State()] * size
         self._heard_s = [time.monotonic()] * size
@@ -177,6 +179,7 @@ class Guard:
                             end_s = min(end_s, time.monotonic() + LISTEN_S)
                     if not missing or time.monotonic() > end_s:
                         return came
+                    self._awaited = {(p, key) for p in missing}
                     late = self._watch(missing, start_s, doing, group) if end_s == float("inf") else None
                 if late is not None:
                     self._time_out(late, doing)
@@ -206,8 +209,10 @@ class Guard:
             self._heard_s[peer] = time.monotonic()
             if kind == "data":
                 run, key, body = words
+                at = peer, f"{run} {key}"
                 if run >= self.run:  # what an earlier run did not receive, nobody will
-                    self._boxes.setdefault((peer, f"{run} {key}"), deque()).append(parcel._replace(words=body))
+                    self._boxes.setdefault(at, deque()).append(parcel._replace(words=body))
+                    self._awaited.discard(at)
                 self._received[peer] += 1
             elif kind == "state":
                 self._states[peer] = state = State(*words)
@@ -217,7 +222,8 @@ class Guard:
                     self._wire.send([peer], ["state", *State("runs", self.run, f"runs at {self._line()}")])
             elif kind == "failure" and self.failure is None:
                 self.failure = Failure(*words)
-            self._news.ring()
+            if kind != "data" or not self._awaited:
+                self._news.ring()
         return kind != "failure" and not (kind == "state" and words[0] == "left")
 
     def _lose(self, peer: int, reason: str) -> None:
