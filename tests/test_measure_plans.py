@@ -92,7 +92,8 @@ def test_plans_take_turns_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Watched, "made", [])
     monkeypatch.setattr(Watched, "log", [])
     monkeypatch.setattr(Watched, "frozen", [])
-    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 375)  # as Python 3.12 begins, with torch loaded
+    monkeypatch.setattr(gc, "get_objects", lambda: [None] * 300_000)
     for name in ("freeze", "unfreeze"):
         monkeypatch.setattr(gc, name, partial(remember, name))
     a, b, c = PLANS[1:4]
