@@ -11,6 +11,9 @@ BIN := .venv/bin
 # In a container one is often root, and Jupyter then wants to be told that this is meant.
 ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
+# Some containers forbid it: then every rank's process and every kernel would compile all of torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help lab test lint labs pictures clean
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
