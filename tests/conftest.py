@@ -39,13 +39,8 @@ FIRST = (
     "test_homework_tensor",
 )
 
-# A rank that computes is stopped by an exception between two of its lines. One that comes in hypothesis's own callback
-# of the garbage collector is lost there, and the world sends the next.
-LOST_IN_CALLBACK = "ignore:Exception ignored in. <function gc_cumulative_time:pytest.PytestUnraisableExceptionWarning"
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", LOST_IN_CALLBACK)
     if hasattr(config, "workerinput"):
         # A second thread of torch would wait for work in a loop, on a core that another worker needs. Ranks have one
         # each anyway.

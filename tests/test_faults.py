@@ -62,6 +62,19 @@ def nap() -> None:
         time.sleep(0.01)
 
 
+class Lingering:
+    """Computes for a while when it is freed, where Python loses every exception."""
+
+    def __del__(self) -> None:
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            pass
+
+
+def linger() -> None:
+    Lingering()
+
+
 def multiply() -> None:
     x = torch.ones(64, 64)
     while True:
@@ -91,6 +104,7 @@ OCCUPATIONS: dict[str, tuple[Callable[[Rank], object], dict[str, object]]] = {
     "collective on a slow link": (lambda rank: rank.comm.group([1, 2]).barrier(), {"link": SLOW}),
     "python loop": (lambda rank: spin(), {}),
     "naps of 10 ms": (lambda rank: nap(), {}),
+    "where exceptions are lost": (lambda rank: linger(), {}),
     "torch": (lambda rank: multiply(), {}),
 }
 occupations = pytest.mark.parametrize(("occupation", "options"), OCCUPATIONS.values(), ids=OCCUPATIONS)

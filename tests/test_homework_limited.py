@@ -23,7 +23,7 @@ from mplab.homework.limited import TooManySteps, attempt, until_hopeless
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mplab.homework.limited.TIMEOUT_S", 0.05)
-    monkeypatch.setattr("mplab.world.world.GRACE_S", 0.02)  # to leave ranks behind that hear nothing
+    monkeypatch.setattr("mplab.world.stop.GRACE_S", 0.02)  # to leave ranks behind that hear nothing
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)

@@ -189,6 +189,8 @@ def work(rank):
     total = rank.comm.all_reduce(torch.tensor([rank.index + 1.0]))
     (folder / f"{me}.works").touch()
     if how == "raises" and me == 1:
+        while not (folder / "0.works").exists():  # the other one has its sum
+            time.sleep(0.01)
         raise ValueError("on purpose")
     if how == "hangs" or (how == "raises" and len(sys.argv) > 3):
         time.sleep(100)
