@@ -22,7 +22,7 @@ from mplab.plan.predict import Prediction
 from mplab.plan.search import candidates, predict, search
 from mplab.plan.transformer import GPT3, Transformer
 from mplab.plan.zero import Memory
-from mplab.show import PlanExplorer, mesh_figure, mesh_words, plans_figure
+from mplab.show import PlanExplorer, mesh_figure, mesh_words, plans_figure, plans_table
 from mplab.show.mesh_figure import AXIS_LOOKS
 from mplab.show.plan_controls import GPT3_NAME, HERE, LAB
 from mplab.show.plan_figure import _LOOKS, MEMORY_PARTS, PARTS, MeasuredParts, plan_figure, redraw_plan
@@ -368,6 +368,17 @@ def test_one_plan_may_be_both() -> None:
     assert "Spearman" not in texts(figure)
     with pytest.raises(MplabError, match="1 predictions and 1 measured plans have no plan in common"):
         plans_figure([PREDICTION], {Plan(tp=2): [0.1]})
+
+
+def test_all_plans_in_words() -> None:
+    plans = [Plan(dp=2), Plan(tp=2), Plan(pp=2)]
+    predictions = [replace(PREDICTION, plan=plan, compute_s=(3 - i) * 1e-2) for i, plan in enumerate(plans)]
+    heading, *lines = plans_table(predictions, {Plan(dp=2): [0.03, 0.09, 0.07], Plan(pp=2): [0.02]}).splitlines()
+    assert heading.split("  ")[-1] == "plan"
+    assert [line.split("ranks")[0].split("  ")[-1] for line in lines] == ["1 x 2 x 1 ", "2 x 1 x 1 "], "as predicted"
+    assert lines[1].split()[:9] == ["45.0", "ms", "70.0", "ms", "1.56", "30.0", "ms", "90.0", "ms"]
+    with pytest.raises(MplabError, match="1 predictions and 1 measured plans have no plan in common"):
+        plans_table([PREDICTION], {Plan(tp=2): [0.1]})
 
 
 # --- what really runs -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mplab.errors import MplabError
 from mplab.trace import LANES, Event, Lane, Timeline
-from mplab.trace.units import format_s
+from mplab.trace.units import columns, format_s
 
 NOTES = ("2 ranks share 1 core: times are not speed-ups", "emulated link: 50 µs, 1 GB/s")
 MS = 1e-3
@@ -188,6 +188,12 @@ def test_the_description_says_in_words_what_the_figure_shows() -> None:
 )
 def test_seconds_as_people_read_them(seconds: float, text: str) -> None:
     assert format_s(seconds) == text
+
+
+def test_rows_in_columns() -> None:
+    rows = [["what", "n", ""], ["a", "1,000", "why"], ["long one", "2"]]
+    assert columns(rows, "lrl") == "what          n\na         1,000  why\nlong one      2"
+    assert columns([["1", "22", "3"], ["11", "2", "333"]]) == " 1  22    3\n11   2  333"
 
 
 # --- as a file ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mplab.trace.units import format_s
+from mplab.trace.units import columns, format_s
 from mplab.world.probe import format_rate
 from mplab.world.progress import progress
 
@@ -99,8 +99,7 @@ def table(rows: Sequence[Row]) -> str:
         ratios = ["" if r is None else f"{r:.3g}" for r in (row.ratio, row.low, row.high)]
         cells = (_cell(key, row.extra.get(key, "")) for key in extras)
         lines.append([row.case, row.peer, *ratios, str(row.runs), *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return columns(lines, "l")
 
 
 def _cell(key: str, value: float | str) -> str:

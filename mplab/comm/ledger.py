@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mplab.trace.units import columns
+
 
 class Message(NamedTuple):
     """One call of a communicator.
@@ -80,11 +82,7 @@ class Ledger:
                 f"{self.received_bytes:,}",
             )
         )
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        return "\n".join(
-            row[0].ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
-            for row in rows
-        )
+        return columns(rows, "lr")
 
     def __str__(self) -> str:
         sent = f"{self.num_messages} messages, {self.sent_bytes:,} bytes sent"

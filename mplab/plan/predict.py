@@ -58,7 +58,7 @@ from mplab.plan.stages import (
 from mplab.plan.traffic import Traffic
 from mplab.plan.transformer import Transformer, layer_loads
 from mplab.plan.zero import Memory
-from mplab.trace.units import format_s
+from mplab.trace.units import columns, format_s
 
 MOST_PLAYED = 8  # ranks up to which a schedule is played out
 
@@ -294,11 +294,7 @@ def table(predictions: Sequence[Prediction]) -> str:
         sizes = (p.tensor_bytes, p.pipeline_bytes, p.data_bytes, p.memory_bytes)
         said = [*(format_s(seconds) for seconds in parts), *(_format_bytes(size) for size in sizes)]
         rows.append((*said, f"{p.plan}{'' if p.fits else ' (does not fit)'}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]])
-        for row in rows
-    )
+    return columns(rows, "r" * len(titles) + "rl")
 
 
 def _format_bytes(size: float) -> str:

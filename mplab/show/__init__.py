@@ -9,6 +9,7 @@ from mplab.show.mesh_figure import mesh_figure as mesh_figure
 from mplab.show.mesh_figure import mesh_words as mesh_words
 from mplab.show.plan_explorer import PlanExplorer as PlanExplorer
 from mplab.show.plans_figure import plans_figure as plans_figure
+from mplab.show.plans_figure import plans_table as plans_table
 from mplab.show.split import SplitExplorer as SplitExplorer
 from mplab.show.tensor import TensorExplorer as TensorExplorer
 from mplab.show.tensor_figure import tensor_times_figure as tensor_times_figure

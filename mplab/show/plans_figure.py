@@ -12,7 +12,7 @@ from mplab.parallel.measure_plans import rank_correlation
 from mplab.plan.layout import Plan
 from mplab.plan.predict import Prediction
 from mplab.show.figures import LOOKS, graph_objects, lay_out, seconds_axis
-from mplab.trace.units import format_s, unit_of
+from mplab.trace.units import columns, format_s, unit_of
 
 _PLOT_PX = 420
 _KINDS = ("data axis alone", "pipeline axis alone", "tensor axis alone", "several axes, or none")
@@ -38,12 +38,7 @@ def plans_figure(
     Raises:
         MplabError: plotly is not installed, or none of the plans was measured.
     """
-    shown = sorted((p for p in predictions if measured_s.get(p.plan)), key=lambda p: p.step_s)
-    if not shown:
-        raise MplabError(
-            f"{len(predictions)} predictions and {len(measured_s)} measured plans have no plan in common: predict "
-            "those that were measured"
-        )
+    shown = _measured(predictions, measured_s)
     go = graph_objects()
     figure = go.Figure()
     medians = {p.plan: median(measured_s[p.plan]) for p in shown}
@@ -106,6 +101,36 @@ def plans_figure(
         title or f"{many}: the one predicted first takes {ratio:.2f} times the best",
         [*remarks, *notes],
     )
+
+
+def plans_table(predictions: Sequence[Prediction], measured_s: Mapping[Plan, Sequence[float]]) -> str:
+    """The figure in words: a line for every plan, the one that was predicted to be the fastest first.
+
+    Args:
+        predictions: of the plans, in any order; those that were not measured are left out.
+        measured_s: seconds of a step of each plan, as `mplab.parallel.measure_plans` gives them.
+
+    Raises:
+        MplabError: none of the plans was measured.
+    """
+    rows = [["predicted", "measured", "measured / predicted", "fastest round", "slowest", "plan"]]
+    for p in _measured(predictions, measured_s):
+        times = measured_s[p.plan]
+        middle, low, high = median(times), min(times), max(times)
+        ratio = f"{middle / p.step_s:.2f}"
+        rows.append([format_s(p.step_s), format_s(middle), ratio, format_s(low), format_s(high), str(p.plan)])
+    return columns(rows, "rrrrrl")
+
+
+def _measured(predictions: Sequence[Prediction], measured_s: Mapping[Plan, Sequence[float]]) -> list[Prediction]:
+    """Those of plans that were measured, the fastest first."""
+    shown = sorted((p for p in predictions if measured_s.get(p.plan)), key=lambda p: p.step_s)
+    if not shown:
+        raise MplabError(
+            f"{len(predictions)} predictions and {len(measured_s)} measured plans have no plan in common: predict "
+            "those that were measured"
+        )
+    return shown
 
 
 def _kind(plan: Plan) -> str:

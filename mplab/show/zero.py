@@ -8,6 +8,7 @@ from typing import Any
 from mplab.errors import MplabError
 from mplab.plan.zero import Memory
 from mplab.show.figures import BAR_TEXT, FITTING_TEXT, MEMORY_LOOKS, BarLook, graph_objects, lay_out
+from mplab.trace.units import columns
 
 _MIB = 1 << 20
 _WIDTH, _APART = 0.38, 0.41  # of a bar, and of the middles of two, in stages
@@ -113,14 +114,7 @@ def zero_memory_table(predicted: Mapping[int, Memory], measured: Mapping[int, Me
         if stage in measured:
             error = _total(memory) / _total(measured[stage]) - 1 if _total(measured[stage]) else 0.0
             rows[-1].append(f"predicted {abs(error):.1%} too {'little' if error < 0 else 'much'}".replace("%", " %"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
-        ]
-        lines.append("  ".join([*cells, *row[len(widths) :]]).rstrip())
-    return "\n".join(lines)
+    return columns(rows, "ll" + "r" * (len(rows[0]) - 2) + "l")
 
 
 def _parts(memory: Memory | int) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 from mplab.errors import MplabError
 from mplab.trace.figure import Band, draw_bands, draw_parts
 from mplab.trace.timeline import PREDICTED_NOTE, Timeline
-from mplab.trace.units import format_s, signed_s
+from mplab.trace.units import columns, format_s, signed_s
 
 ROW_PX = 84  # of a rank, in pixels
 PREDICTED, MEASURED = Band(centre=-0.22, height=0.36, is_outlined=True), Band(centre=0.21, height=0.42)
@@ -117,12 +117,8 @@ class Comparison:
         rows = [("part", "time", "of measured")]
         rows += [(name, signed_s(seconds), self._share(seconds)) for name, seconds in self.parts]
         rows += [("measured", format_s(self.measured_s), self._share(self.measured_s))]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            f"{name.ljust(widths[0])}  {time.rjust(widths[1])}  {share.rjust(widths[2])}" for name, time, share in rows
-        ]
-        lines.append(f"predicted {format_s(self.predicted_s)}, measured {format_s(self.measured_s)}: {self._off}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        both = f"predicted {format_s(self.predicted_s)}, measured {format_s(self.measured_s)}: {self._off}"
+        return "\n".join([columns(rows, "lr"), both, *(f"note: {note}" for note in self.notes)])
 
     __repr__ = __str__
 

@@ -14,7 +14,7 @@ from mplab.trace import chrome
 from mplab.trace.event import LANES, Event, Lane
 from mplab.trace.figure import draw
 from mplab.trace.intervals import length_s, merge, overlap_s
-from mplab.trace.units import format_s
+from mplab.trace.units import columns, format_s
 
 PREDICTED_NOTE = "predicted, not measured"
 
@@ -67,13 +67,11 @@ class Summary:
             for seconds in (rank.busy_s, rank.sending_s, rank.waiting_s):
                 cells += [format_s(seconds), self._share(seconds)]
             rows.append([*cells, f"{rank.sent_bytes:,}"])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         balance = (
             "none: no rank computed" if math.isnan(self.load_balance) else f"{self.load_balance:.2f} (1 is perfect)"
         )
-        lines += [f"makespan {format_s(self.makespan_s)}, load balance L = max(busy) / mean(busy) = {balance}"]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        end = f"makespan {format_s(self.makespan_s)}, load balance L = max(busy) / mean(busy) = {balance}"
+        return "\n".join([columns(rows), end, *(f"note: {note}" for note in self.notes)])
 
     __repr__ = __str__
 

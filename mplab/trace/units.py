@@ -1,6 +1,9 @@
-"""Seconds and bytes as people read them."""
+"""Seconds, and rows of a table, as people read them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
 
 _UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
 
@@ -23,3 +26,14 @@ def format_s(seconds: float) -> str:
 def signed_s(seconds: float) -> str:
     """The same with a sign: "+1.20 ms", "−35.0 µs"."""
     return f"{'−' if seconds < 0 else '+'}{format_s(abs(seconds))}"
+
+
+def columns(rows: Sequence[Sequence[str]], align: str = "r") -> str:
+    """Rows in columns: `align` has "l" or "r" for each column, and its last letter is for all that follow."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    sides = align.ljust(len(widths), align[-1])
+    lines = [
+        "  ".join(c.ljust(w) if side == "l" else c.rjust(w) for c, w, side in zip(row, widths, sides, strict=False))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mplab.errors import MplabError
-from mplab.trace.units import format_s
+from mplab.trace.units import columns, format_s
 from mplab.world.links import LinkFit, measure_gloo, measure_threads
 from mplab.world.machine import Machine, machine
 from mplab.world.progress import progress
@@ -114,9 +114,7 @@ class Probe(Machine):
         return rows
 
     def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(what) for what, _ in rows)
-        return "\n".join([*(f"{what.ljust(width)}  {value}" for what, value in rows), *self.notes])
+        return "\n".join([columns(self.rows(), "l"), *self.notes])
 
     def _repr_html_(self) -> str:
         cells = "".join(
