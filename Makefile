@@ -40,6 +40,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON) here: mplab needs Python 3.11 or newer; name one that you have, as in make $(MAKECMDGOALS) PYTHON=/usr/bin/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mplab needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV_ARGS) .venv

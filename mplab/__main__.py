@@ -11,8 +11,8 @@ from mplab.errors import MplabError
 COMMANDS = {
     "probe": ("mplab.world.probe", "measure this machine: cores, GPUs, memory, FLOP/s, links"),
     "train": ("mplab.parallel.train", "train a GPT on text, or an MLP on digits"),
-    "bench": ("mplab.bench", "compare with torch's own: bench NAME [--json]"),
-    "check": ("mplab.homework", "check an exercise"),
+    "bench": ("mplab.bench", "compare with torch's own: bench NAME"),
+    "check": ("mplab.homework", "check an exercise in a file, as the labs do: check EXERCISE FILE"),
 }
 
 

@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +31,10 @@ from mplab import Plan, World
 from mplab.datasets import Batch
 from mplab.errors import CheckpointError, MplabError, NonFiniteGradient
 from mplab.models import GPT, GPTConfig, cross_entropy, seed_parameters
-from mplab.parallel import Parallelized, Serial, parallelize, train_plan
+from mplab.parallel import HybridParallel, Parallelized, Serial, checkpoint, parallelize, train_plan
 from mplab.parallel import checkpoint_files as files
 from mplab.parallel.checkpoint import merge
+from mplab.world import Rank
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, LENGTH, BEFORE, STEPS = 16, 8, 2, 5
@@ -614,20 +617,48 @@ def test_a_damaged_checkpoint_loads_nowhere_and_the_one_before_does(
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_state_of_another_size_is_refused_before_the_weights_are_loaded(tmp_path: Path) -> None:
+def changed(good: Path, bad: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """A checkpoint with another value of one tensor, as nobody but this library would write it."""
+    saved = files.Checkpoint(good)
+    tensors = {key: saved.read(key) for key in saved.names}
+    tensors[name] = change(tensors[name])
+    step = saved.manifest["step"]
+    shard = files.write_shard(files.begin(bad, step), 0, tensors)
+    more = {key: saved.manifest[key] for key in ("plan", "tied", "optimizer", "position")}
+    files.commit(bad, step, [shard], more)
+
+
+def test_a_state_of_another_size_is_refused_before_the_weights_are_loaded(
+    saved: Callable[..., Path], tmp_path: Path
+) -> None:
     """Nothing that this library writes; but all is looked at before anything changes."""
-    trained = lay_out("1", gpt())
-    trained.step(batches()[0])
-    trained.save(tmp_path / "good")
-    good = files.Checkpoint(tmp_path / "good")
-    tensors = {name: good.read(name) for name in good.names}
-    name = "optimizer/blocks.0.mlp.up.weight/exp_avg"
-    tensors[name] = tensors[name][:, :-1]
-    shard = files.write_shard(files.begin(tmp_path / "bad", 1), 0, tensors)
-    more = {key: good.manifest[key] for key in ("plan", "tied", "optimizer", "position")}
-    files.commit(tmp_path / "bad", 1, [shard], more)
+    changed(saved("1"), tmp_path, "optimizer/blocks.0.mlp.up.weight/exp_avg", lambda x: x[:, :-1])
     for plan in ("1", "dp2"):
-        refused(lay_out(plan, gpt(seed=7)), tmp_path / "bad", r"exp_avg has shape \(64, 15\): it is of another model")
+        refused(lay_out(plan, gpt(seed=7)), tmp_path, r"exp_avg has shape \(64, 15\): it is of another model")
+
+
+def test_as_many_numbers_in_another_shape_are_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    changed(saved("1"), tmp_path, "weights/blocks.0.mlp.up.weight", lambda x: x.reshape(16, 64))
+    message = r"blocks\.0\.mlp\.up\.weight of shape \(16, 64\): it is of another model"
+    for plan in ("1", "tp2"):
+        refused(lay_out(plan, gpt(seed=7)), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "change", "message"),
+    [
+        ("gpt", "embedding.token.weight", lambda x: x[:-1], r"\(15, 16\) can't be cut along dim 0 for 2 ranks"),
+        ("gpt", "blocks.0.mlp.up.bias", lambda x: x[0], r"\(\) can't be cut along dim 0 for 2 ranks"),
+        # 2 divides 46, but not each of three matrices in it
+        ("gpt2", "transformer.h.0.attn.c_attn.bias", lambda x: x[:-2], r"\(46,\) can't be cut along dim 0 for 2"),
+    ],
+    ids=["rows", "a number", "joined matrices"],
+)
+def test_a_size_that_the_tensor_axis_does_not_divide_is_refused(
+    model: str, name: str, change: Any, message: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    changed(saved("1", model), tmp_path, f"weights/{name}", change)
+    refused(lay_out("tp2", MODELS[model](seed=7)), tmp_path, f"^{name} of shape {message}", MplabError)
 
 
 def test_the_same_step_twice_is_refused_and_training_goes_on(tmp_path: Path) -> None:
@@ -663,6 +694,62 @@ def test_a_rank_that_can_not_write_leaves_the_one_before(
     assert files.latest(tmp_path).name == step_folder(BEFORE)
     trained.save(tmp_path)
     assert files.Checkpoint(tmp_path).manifest["step"] == BEFORE + 1
+
+
+# --- ranks that are not equally fast ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def ahead(rank: Rank, came: threading.Semaphore) -> Iterator[None]:
+    """A rank that tells whenever it comes to a barrier, and when it has ended: only then another one goes on."""
+    barrier = rank.comm.barrier
+    rank.comm.barrier = lambda: (came.release(), barrier())[1]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        came.release(9)
+
+
+def late(came: threading.Semaphore, function: Callable[..., Any], *arguments: Any) -> Any:
+    assert came.acquire(timeout=30)
+    return function(*arguments)
+
+
+def test_nobody_writes_before_the_folder_is_there_or_goes_on_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 makes it, and names it: both times rank 1 is ahead."""
+    came = threading.Semaphore(0)
+
+    def run(rank: Rank) -> None:
+        engine = HybridParallel(gpt(), rank.comm, PLANS["pp2"])
+        with ahead(rank, came) if rank.index == 1 else nullcontext():
+            assert (checkpoint.save(engine, tmp_path) / "manifest.json").is_file()
+
+    monkeypatch.setattr(files, "begin", partial(late, came, files.begin))
+    monkeypatch.setattr(files, "commit", partial(late, came, files.commit))
+    World(2, "cpu").run(run)
+
+
+def test_damage_is_named_by_the_rank_that_looks_for_it(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 looks at the second file. Rank 0 is ahead, and would come across it, and say another thing."""
+    shutil.copytree(saved("dp2"), tmp_path / "runs")
+    (tmp_path / "runs" / step_folder(BEFORE) / "rank-00001.safetensors").unlink()
+    came, look = threading.Semaphore(0), files.Checkpoint
+
+    def run(rank: Rank) -> None:
+        engine = HybridParallel(gpt(), rank.comm, PLANS["pp2"])
+        with ahead(rank, came) if rank.index == 0 else nullcontext():
+            checkpoint.load(engine, tmp_path / "runs")
+
+    def look_late(root: Path, check: tuple[int, int]) -> files.Checkpoint:
+        return late(came, look, root, check) if check[0] == 1 else look(root, check)
+
+    monkeypatch.setattr(files, "Checkpoint", look_late)
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors is missing: take another checkpoint"):
+        World(2, "cpu").run(run)
 
 
 # --- one plain state_dict --------------------------------------------------------------------------------------------

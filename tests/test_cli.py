@@ -14,7 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 import mplab.__main__ as command_line
+from mplab.bench import BENCHMARKS
 from mplab.errors import MplabError
+from mplab.homework.command import CHECKS
 from mplab.parallel import Serial
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +119,7 @@ def test_training_goes_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--lr", "nan"], "--lr nan: must be above 0"),
         (["--lr", "1e30"], "the loss of step 2 is nan: lower --lr"),
         (["--device", "toaster"], "--device toaster is no device"),
+        (["--device", "mps"], "--device mps is no device of mplab: give auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
     ],
 )
@@ -126,6 +129,91 @@ def test_every_mistake_is_named(arguments: list[str], message: str, capsys: pyte
     assert error.startswith("mplab train: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (None, "{plan} is no file: give the path of a plan"),
+        ("", "--plan {plan}: a plan is a JSON object, and this is not JSON"),
+        ('{"dp": 0}', "--plan {plan}: this plan can't be:\n  dp=0: must be a whole number"),
+    ],
+)
+def test_a_mistake_in_a_plan_names_its_file(
+    plan: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    if plan is not None:
+        path.write_text(plan)
+    assert command_line.main(["train", *TINY, "--plan", str(path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("mplab train: " + message.replace("{plan}", str(path)))
+
+
+@pytest.mark.parametrize("option", ["--trace", "--save"])
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        arguments = ["--plan", str(tmp_path / "plan.json"), option, str(folder)]
+        assert command_line.main(["train", *TINY, *arguments]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"mplab train: {option} {folder}: no ")
+        assert said.err.count("\n") == 1
+
+
+def test_checkpoints_without_safetensors_are_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "plan.json").write_text("{}")
+    arguments = ["--plan", str(tmp_path / "plan.json"), "--save", str(tmp_path / "runs")]
+    assert command_line.main(["train", *TINY, *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "checkpoints are safetensors files: pip install safetensors" in said.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("\ndef pass_right(comm, x) return x", ", line 2: SyntaxError: expected ':'"),
+        ("import nope", ", line 1: ModuleNotFoundError: No module named 'nope'"),
+        ("import json\njson.loads('{')", ", line 2: JSONDecodeError: "),
+        ("def half(x):\n    return x / 0\n\nhalf(1)", ", line 2: ZeroDivisionError: division by zero"),
+        ("def pass_right(comm, x): ...\nraise SystemExit(0)", ", line 2: SystemExit: 0"),
+        ("\0", ": SyntaxError: source code "),
+    ],
+)
+def test_an_exercise_in_a_file_that_does_not_run(
+    code: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(code)
+    assert command_line.main(["check", "pass_right", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mplab check: {path}{message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "known"),
+    [("bench", "[--json] NAME", BENCHMARKS), ("check", "EXERCISE FILE", tuple(CHECKS))],
+)
+def test_help_names_what_there_is_once(
+    command: str, arguments: str, known: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command_line.main([command, "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"usage: python -m mplab {command} [-h] {arguments} " in text
+    assert text.count(", ".join(known)) == 1
 
 
 def test_an_option_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

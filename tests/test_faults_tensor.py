@@ -167,9 +167,11 @@ def test_first_batches_of_different_lengths_are_refused_by_every_rank(options: d
             engine.step(tokens(8 if rank.index == 0 else 4))
         except MplabError as error:
             seen.append(str(error))
+            rank.comm.barrier()  # nobody waits in a collective of the step
             raise
 
-    fails(World(2, "cpu"), MplabError, run, "the ranks were given different settings")
+    fails(World(2, "cpu"), MplabError, run, "^the ranks were given different settings")
+    assert len(seen) == 2
     for said in seen:
         assert "the first batch" in said
         assert all(f"on rank {rank}: " in said for rank in range(2))

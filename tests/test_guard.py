@@ -6,17 +6,20 @@ import dis
 import inspect
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from mplab.comm import gloo
 from mplab.comm import guard as guard_module
+from mplab.comm.bell import Bell
 from mplab.comm.guard import Guard
-from mplab.comm.wire import Parcel
+from mplab.comm.wire import SPARE_BYTES, Parcel
 from mplab.errors import CommTimeout, Deadlock, PeerFailure
 
 
@@ -27,13 +30,15 @@ class FakeWire:
         self.peers = tuple(r for r in range(size) if r != rank)
         self.sent: list[tuple[tuple[int, ...], Any]] = []
         self.answers: list[Callable[[], Any]] = []  # to what is sent, one after the other
+        self.num_waits = 0
 
     def send(self, peers: Any, words: Any, x: torch.Tensor | None = None, borrowed: bool = False) -> None:
         self.sent.append((tuple(peers), words))
         if self.answers:
             self.answers.pop(0)()
 
-    def expect(self) -> None: ...
+    def expect(self) -> None:
+        self.num_waits += 1
 
     def flush(self, timeout_s: float) -> None: ...
 
@@ -128,6 +133,7 @@ def test_a_rank_that_does_not_answer_is_named(guard: Guard) -> None:
         recv(guard)
     kinds = [words[0] for _, words in guard._wire.sent]  # type: ignore[attr-defined]
     assert kinds == ["state", "state", "failure"]  # told, asked, and given up; nothing after that
+    assert 1 < guard._wire.num_waits < 20  # type: ignore[attr-defined]  # it looks now and then, and sleeps meanwhile
 
 
 def test_a_rank_that_answers_is_named_with_its_line(guard: Guard) -> None:
@@ -167,6 +173,127 @@ def test_the_first_failure_counts_and_is_told_once(guard: Guard) -> None:
     assert guard._wire.sent == [((1, 2), ["failure", 1, "ValueError", "boom"])]  # type: ignore[attr-defined]
     with pytest.raises(PeerFailure, match=r"rank 0 stopped in recv\(src=1\): rank 1 failed with ValueError: boom"):
         recv(guard)
+
+
+# --- who wakes the rank ----------------------------------------------------------------------------------------------
+
+
+def test_a_bell_rings_once_however_often_it_was_rung() -> None:
+    bell = Bell()
+    assert not bell.wait(0.01)
+    bell.ring()
+    bell.ring()
+    assert bell.wait(0.01)
+    assert not bell.wait(0.01)
+
+
+def test_a_bell_wakes_a_thread_that_waits() -> None:
+    bell = Bell()
+    ringer = threading.Timer(0.02, bell.ring)
+    ringer.start()
+    assert bell.wait(30)
+    ringer.join()
+
+
+def rings(guard: Guard, fn: Callable[..., object], *arguments: Any) -> bool:
+    """Whether something that the others do wakes the rank."""
+    fn(guard, *arguments)
+    return guard._news.wait(0)
+
+
+def test_a_rank_is_woken_when_all_that_it_waits_for_has_come(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by one of two parcels, nor by one of another key."""
+    seen: list[bool] = []
+
+    def come() -> None:
+        if not seen:
+            seen.append(rings(guard, say, 1, "data", 1, "y", "for later"))
+            seen.append(rings(guard, say, 2, "data", 1, "x", "two"))
+            seen.append(rings(guard, say, 1, "data", 1, "x", "one"))
+
+    monkeypatch.setattr(guard._wire, "expect", come)
+    came = guard.collect([1, 2], "x", "all_reduce()", [0, 1, 2])
+    assert seen == [False, False, True]
+    assert [came[r].words for r in (1, 2)] == ["one", "two"]
+
+
+def test_a_rank_is_woken_by_the_rest_where_some_has_come_before(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rings(guard, say, 2, "data", 1, "x", "two")  # nothing is awaited yet
+    seen: list[bool] = []
+    monkeypatch.setattr(guard._wire, "expect", lambda: seen.append(rings(guard, say, 1, "data", 1, "x", "one")))
+    guard.collect([1, 2], "x", "all_reduce()", [0, 1, 2])
+    assert seen == [True]
+
+
+def test_a_rank_is_woken_at_once_by_what_is_said_besides(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waits for parcels, and none has come: where another one is, that it is gone, or has failed."""
+    seen: list[bool] = []
+
+    def come() -> None:
+        seen.append(rings(guard, say, 2, "state", "runs", 1, "runs", [], [], []))
+        seen.append(rings(guard, Guard._lose, 2, "Connection closed"))
+        seen.append(rings(guard, say, 1, "failure", 1, "ValueError", "boom"))
+
+    monkeypatch.setattr(guard._wire, "expect", come)
+    with pytest.raises(PeerFailure, match="ValueError: boom"):
+        recv(guard)
+    assert seen == [True] * 3
+
+
+# --- what was sent over gloo -----------------------------------------------------------------------------------------
+
+
+class FakeGloo:
+    """Sends at once, and receives nothing until it breaks."""
+
+    def __init__(self) -> None:
+        self.is_broken = threading.Event()
+        self.sent: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def isend(self, x: torch.Tensor, peer: int, tag: int) -> Any:
+        self.sent.append(weakref.ref(x.untyped_storage()))
+        return SimpleNamespace(wait=lambda timeout: None)
+
+    def irecv(self, x: torch.Tensor, peer: int, tag: int) -> Any:
+        return SimpleNamespace(wait=self._break)
+
+    def _break(self, timeout: object) -> None:
+        assert self.is_broken.wait(30)
+        raise RuntimeError("Connection closed")
+
+
+def test_what_was_sent_is_freed_sixteen_small_parcels_at_a_time_and_a_large_one_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeGloo()
+    monkeypatch.setattr(gloo, "dist", fake)
+    wire = gloo.GlooWire(0, 2, lambda peer, parcel: False, lambda peer, reason: None)
+
+    def num_kept() -> int:
+        """When the thread that frees has come to all that it was given."""
+        has_come = Bell()
+        wire._in_flight.put(has_come)
+        assert has_come.wait(30)
+        return sum(storage() is not None for storage in fake.sent)
+
+    kept = []
+    for number in range(17):
+        wire.send([1], number)
+        kept.append(num_kept())
+    assert kept == [*range(1, 16), 0, 1]
+    wire.send([1], "large", large := torch.ones(SPARE_BYTES, dtype=torch.uint8))
+    num_kept()
+    (spare,) = wire._spare._free  # to be used again
+    assert spare.numel() > large.numel()
+    fake.sent.clear()
+    wire.send([1], "last")
+    wire.flush(30)
+    assert num_kept() == 0
+    fake.is_broken.set()
+    wire.close(30)
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
 def interrupting(num_places: int, files: Sequence[str]) -> Callable[[FrameType, str, object], Any]:

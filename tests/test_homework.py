@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import runpy
+import statistics
 import sys
 import threading
 import time
@@ -556,6 +558,32 @@ def test_what_comes_after_a_failure_is_not_checked() -> None:
     report = check_ring_all_reduce(all_receive_first)
     outcomes = {line.name: line.outcome for line in report.lines}
     assert outcomes[RENDEZVOUS] == outcomes[BY_MESSAGES] == "not checked"
+    assert f"  ?       {RENDEZVOUS} (not checked: mend the others first)" in str(report).splitlines()
+
+
+def slip(chunks: list[Tensor]) -> Tensor:
+    return sum(chunks) + "0"
+
+
+def fails_in_a_helper(comm: Communicator, x: Tensor) -> Tensor:
+    return slip([x, right_ring(comm, x)])
+
+
+def fails_in_a_library(comm: Communicator, x: Tensor) -> Tensor:
+    return comm.all_reduce(statistics.fmean(()))
+
+
+def seen_of(solution: Solution) -> str:
+    (line,) = (line for line in check_ring_all_reduce(solution).lines if line.name == FINISHES)
+    return line.seen
+
+
+def test_an_error_comes_with_the_learners_line() -> None:
+    assert seen_of(fails_in_a_helper).endswith('\nin: return sum(chunks) + "0"')
+    assert seen_of(fails_in_a_library).endswith("\nin: return comm.all_reduce(statistics.fmean(()))")
+    without_lines = seen_of(operator.methodcaller("nothing"))
+    assert without_lines.startswith("TypeError")
+    assert "in:" not in without_lines
 
 
 def test_prints_are_not_shown_and_no_thread_is_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -328,6 +328,10 @@ def test_a_batch_too_small_for_every_microbatch_is_refused(zero: int) -> None:
             f"a batch of {num_samples} samples for 2 replicas with 3 micro-batches each: every micro-batch needs one "
             "sample or more; take 6 samples or more, or fewer micro-batches"
         )
+    with pytest.raises(
+        MplabError, match=r"2 replicas with 1 micro-batch each: .* take 2 samples or more, or fewer rep"
+    ):
+        parallelize(gpt(), World(2, "cpu"), Plan(2, zero=zero)).step(batches(1)[0])
     with pytest.raises(MplabError, match="6 inputs and 7 targets"):
         trained.step((batches(6)[0][0], batches(7)[0][1]))
     assert trained.num_steps == 0

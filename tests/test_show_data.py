@@ -267,7 +267,7 @@ def test_the_figure_says_what_the_machine_cannot_prove(
     explorer = make()
     for is_measured in (False, True):
         assert texts(explorer.figure).count("2 ranks share 1 core: times are not speed-ups") == 1
-        assert texts(explorer.figure).count("emulated link: 1.00 ms latency, 0.001 GB/s") == 1
+        assert texts(explorer.figure).count("emulated link: 1.00 ms latency, 1 MB/s") == 1
         assert (PREDICTED_NOTE in texts(explorer.figure)) is not is_measured
         explorer.run_button.click()
 

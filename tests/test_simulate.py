@@ -153,7 +153,7 @@ def test_a_message_takes_latency_and_bytes_and_both_ways_are_alike() -> None:
         (e.rank, e.name, e.start_s, e.end_s, e.size_bytes, e.microbatch) for e in timeline.events if e.size_bytes
     ]
     assert messages == [(0, "send", 1, 5, 6, 0), (1, "send", 7, 11, 6, 0)]
-    assert timeline.notes == ("predicted, not measured", "link: 2.00 s latency, 3e-09 GB/s")
+    assert timeline.notes == ("predicted, not measured", "link: 2.00 s latency, 3e-06 MB/s")
     assert [type(e.size_bytes) for e in timeline.events] == [int] * len(timeline.events)
 
 

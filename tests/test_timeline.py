@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mplab.errors import MplabError
 from mplab.trace import LANES, Event, Lane, Timeline
-from mplab.trace.units import columns, format_s
+from mplab.trace.units import columns, format_bandwidth, format_s
 
 NOTES = ("2 ranks share 1 core: times are not speed-ups", "emulated link: 50 µs, 1 GB/s")
 MS = 1e-3
@@ -188,6 +188,13 @@ def test_the_description_says_in_words_what_the_figure_shows() -> None:
 )
 def test_seconds_as_people_read_them(seconds: float, text: str) -> None:
     assert format_s(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("bytes_s", "text"), [(20.63e9, "20.6 GB/s"), (1e9, "1 GB/s"), (999.7e6, "1 GB/s"), (5e7, "50 MB/s")]
+)
+def test_bandwidths_as_people_read_them(bytes_s: float, text: str) -> None:
+    assert format_bandwidth(bytes_s) == text
 
 
 def test_rows_in_columns() -> None:

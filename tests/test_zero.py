@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise, product
 
@@ -48,9 +48,11 @@ def test_between_two_steps_by_hand() -> None:
     assert Memory(1, 2, 3, 4).total_bytes == 10
 
 
-def gradients_of(stage: int) -> list[tuple[str, int, int]]:
-    """Name, weights and gradients of every moment, in elements, of layers of 8 + 4, 4 and 12 over 2 ranks."""
-    moments = zero_moments([[8, 4], [4], [12]], stage, 2, item_bytes=1, state_bytes=0, update_bytes=0)
+def gradients_of(
+    stage: int, layers: Sequence[Sequence[int]] = ((8, 4), (4,), (12,)), shared: Sequence[int] = ()
+) -> list[tuple[str, int, int]]:
+    """Name, weights and gradients of every moment, in elements, over 2 ranks."""
+    moments = zero_moments(layers, stage, 2, item_bytes=1, state_bytes=0, update_bytes=0, shared=shared)
     return [(name, m.parameters_bytes, m.gradients_bytes) for name, m in moments]
 
 
@@ -100,6 +102,38 @@ def test_stage_2_has_stage_3s_gradients_and_all_weights() -> None:
     assert gradients_of(2) == [(name, 28, gradients) for name, _, gradients in gradients_of(3)]
 
 
+def test_what_several_layers_share_is_there_all_the_time_and_reduced_last() -> None:
+    """8 elements, beside layers of 4 and 12: gathered before the first forward, their gradients there from the first
+    backward on, and both until the last reduction is over.
+    """
+    assert gradients_of(3, [[4], [12]], [8]) == [
+        ("forward 0", 12 + 8 + 4 + 12, 0),
+        ("forward 1", 12 + 8 + 12, 0),
+        ("backward 1", 12 + 8 + 12 + 4, 8 + 12),
+        ("backward 0", 12 + 8 + 4, 8 + 12 + 4),
+        ("reduce 1", 12 + 8 + 4, 8 + 12 + 4 + 6),
+        ("reduce 0", 12 + 8, 8 + 6 + 4 + 2),
+        ("reduce shared", 12 + 8, 8 + 6 + 2 + 4),
+        ("update", 12, 12),
+        ("rest", 12, 12),
+    ]
+    assert gradients_of(1, [[4], [12]], [8])[2:] == [
+        ("backward 1", 24, 8 + 12),
+        ("backward 0", 24, 8 + 12 + 4),
+        ("reduce 1", 24, 8 + 12 + 4 + 6),
+        ("reduce 0", 24, 8 + 6 + 4 + 2),
+        ("reduce shared", 24, 8 + 6 + 2 + 4),
+        ("update", 24, 12),
+        ("rest", 24, 12),
+    ]
+
+
+def test_the_peak_is_the_first_moment_at_which_the_most_is_held() -> None:
+    moments = zero_moments([[8]], 0, 1, update_bytes=0)
+    assert [m.total_bytes for _, m in moments] == [96, 128, 128, 128]
+    assert peak(moments).name == "backward 0"
+
+
 def test_activations_pile_up_and_go() -> None:
     """The one of a layer without parameters counts with the layer before it, or with the first that has some."""
     for stage in STAGES:
@@ -116,6 +150,7 @@ def test_the_optimizer_takes_more_while_it_updates() -> None:
     assert update_bytes_of([[6, 4]], 0) == 8 * 4 + 4 * 6
     assert update_bytes_of([[9, 4]], 0) == 8 * 9
     assert update_bytes_of([[4, 6], [3]], 0) == 8 * 6 + 4 * 4
+    assert update_bytes_of([[2]], 0, shared=[10]) == 8 * 10  # it comes first, where the model has it
     assert update_bytes_of([[4, 6]], 1) == 8 * 5
     assert update_bytes_of([[6, 4], [10]], 1) == 8 * 5  # 5, 1, 4
     assert update_bytes_of([[10], [6, 4]], 1) == 8 * 5 + 4 * 4  # 1, 4, 5
@@ -171,6 +206,8 @@ def test_published_ratios() -> None:
         (lambda: zero_memory([[1]], 1, 0), "rank 0 of 0"),
         (lambda: zero_memory([[1], [-3]], 1, 2), "-3 elements"),
         (lambda: zero_memory([[1]], 1, 2, shared=[-2]), "-2 elements"),
+        (lambda: zero_memory([[1]], 1, 2, item_bytes=-4), "-4 elements or bytes"),
+        (lambda: zero_memory([[1]], 1, 2, state_bytes=-8), "-8 elements or bytes"),
         (lambda: zero_moments([[1]], 1, 2, activation_bytes=[-5]), "-5 elements or bytes"),
         (lambda: zero_moments([[1]], 1, 2, update_bytes=-1), "-1 elements or bytes"),
         (lambda: zero_moments([[1], [2]], 1, 2, activation_bytes=[5]), "1 activation_bytes for 2 layers"),

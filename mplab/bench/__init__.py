@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m mplab bench",
         description="Time this library beside torch's own, in one run; a ratio below 1: this library is faster.",
     )
-    parser.add_argument("name", choices=BENCHMARKS, help="what to time")
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     module = import_module(f"mplab.bench.{arguments.name}")

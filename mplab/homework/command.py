@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import runpy
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mplab.errors import MplabError
 from mplab.homework import checks
@@ -46,14 +48,34 @@ CHECKS: dict[str, Callable[..., Report]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; the exit status is 0 when all checks passed, else 1."""
     parser = argparse.ArgumentParser(prog="python -m mplab check", description="Check an exercise.")
-    parser.add_argument("exercise", choices=CHECKS, help="its name, and that of the function")
-    parser.add_argument("file", type=Path, help="the Python file that defines the function; it is run")
+    parser.add_argument("exercise", choices=CHECKS, metavar="EXERCISE", help=f"one of {', '.join(CHECKS)}")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="the Python file that defines a function of this name; it is run"
+    )
     arguments = parser.parse_args(argv)
     if not arguments.file.is_file():
         raise MplabError(f"{arguments.file} is no file: give the path of the Python file with {arguments.exercise}")
-    solution = runpy.run_path(str(arguments.file)).get(arguments.exercise)
+    solution = run_file(arguments.file).get(arguments.exercise)
     if not callable(solution):
         raise MplabError(f"{arguments.file} defines no function {arguments.exercise}: it is what the exercise asks for")
     report = CHECKS[arguments.exercise](solution)
     print(report)
     return 0 if report.passed else 1
+
+
+def run_file(path: Path) -> dict[str, Any]:
+    """What a learner's file defines.
+
+    Raises:
+        MplabError: it does not run to its end. One that calls `exit()` does not either: its status would pass for the
+            report's.
+    """
+    try:
+        return runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        what = str(error)
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines, what = [error.lineno], error.msg
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise MplabError(f"{where}: {type(error).__name__}: {what}; mend it, for the file is run first") from None

@@ -10,7 +10,6 @@ import sys
 import sysconfig
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from types import CodeType, FrameType
 from typing import Any, Protocol, TypeVar
 
 from mplab.errors import CommTimeout
-from mplab.homework.report import Complaint
+from mplab.homework.report import Complaint, say_error
 
 ENDS = "every call ends"
 OWN = "mplab's own is not called"
@@ -190,7 +189,7 @@ def error(hint_where_slow: str) -> Callable[[Attempt], Complaint | None]:
             return None
         if isinstance(tried.error, TooManySteps):
             return Complaint("an end", str(tried.error), hint_where_slow)
-        seen = "".join(traceback.format_exception_only(tried.error)).strip()
+        seen = say_error(tried.error)
         return Complaint("no error", seen, "call it like this yourself and read the traceback")
 
     return look

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +11,7 @@ from mplab.comm.hops import steps
 from mplab.errors import CommTimeout, Deadlock
 from mplab.homework.exam import ITEM_BYTES, Trial
 from mplab.homework.limited import TooManySteps
-from mplab.homework.report import Complaint
+from mplab.homework.report import Complaint, say_error
 from mplab.plan import cost
 from mplab.plan.traffic import chunk_lengths
 
@@ -31,7 +30,7 @@ def error(trial: Trial) -> Complaint | None:
     """Whatever kept the ranks from finishing."""
     if trial.error is None:
         return None
-    seen = "".join(traceback.format_exception_only(trial.error)).strip()
+    seen = say_error(trial.error)
     if isinstance(trial.error, Deadlock) and trial.rendezvous:
         hint = "it works only while someone buffers: begin with handle = comm.isend(...), receive, then handle.wait()"
     elif isinstance(trial.error, Deadlock):

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
+
+import torch
+
+import mplab
+from mplab.errors import CommError
 
 Outcome = Literal["passed", "failed", "not checked"]
 T = TypeVar("T")
+
+# Where no line is the learner's: this library, what is installed beside torch, and Python's own modules.
+_HERE, _TORCH, _PYTHON = (str(Path(path).parent) + os.sep for path in (mplab.__file__, torch.__path__[0], os.__file__))
 
 
 class Complaint(NamedTuple):
@@ -76,11 +88,22 @@ class Report:
         for line in self.lines:
             mark = {"passed": "ok", "failed": "FAILED", "not checked": "?"}[line.outcome]
             extra = f" ({line.expected})" if line.outcome == "passed" and line.expected else ""
+            if line.outcome == "not checked":
+                extra = " (not checked: mend the others first)"
             yield f"  {mark:<8}{line.name}{extra}"
             if line.outcome == "failed":
                 for key in ("case", "expected", "seen", "hint"):
                     if text := getattr(line, key):
                         yield f"            {key + ':':<10}" + text.replace("\n", "\n" + " " * 22)
+
+
+def say_error(error: BaseException) -> str:
+    """An error, and the learner's own line in which it came about, where its text does not say that."""
+    said = "".join(traceback.format_exception_only(error)).strip()
+    frames = traceback.extract_tb(error.__traceback__)
+    called = dropwhile(lambda frame: not frame.filename.startswith(_HERE), frames)  # before that: who called the check
+    lines = [frame.line for frame in called if not frame.filename.startswith((_HERE, _TORCH, _PYTHON))]
+    return f"{said}\nin: {lines[-1]}" if lines and lines[-1] and not isinstance(error, CommError) else said
 
 
 def check_all(name: str, trials: Sequence[T], look: Callable[[T], Complaint | None], said: str = "") -> Line:

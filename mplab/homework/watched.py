@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,7 +16,7 @@ from mplab.comm.communicator import Communicator, Handle, T
 from mplab.comm.ledger import Ledger, Message
 from mplab.errors import CollectiveMismatch, CommTimeout, Deadlock
 from mplab.homework.limited import Attempt, TooManySteps, counted, outcome_of
-from mplab.homework.report import Complaint
+from mplab.homework.report import Complaint, say_error
 from mplab.parallel import DataParallel, naive_data_parallel, parameter_server, scatter_gather
 from mplab.parallel.buckets import Reducer, make_buckets
 from mplab.parallel.sharded import ShardedDataParallel
@@ -190,7 +189,7 @@ def error(tried: Run, hint: str) -> Complaint | None:
     """Whatever kept the ranks from finishing; `hint` is for what the solution itself raised."""
     if tried.error is None:
         return None
-    seen = "".join(traceback.format_exception_only(tried.error)).strip()
+    seen = say_error(tried.error)
     if isinstance(tried.error, CommTimeout | TooManySteps):
         hint = "a rank is still computing: look for a loop that doesn't end"
     elif isinstance(tried.error, CollectiveMismatch):

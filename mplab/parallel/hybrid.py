@@ -293,12 +293,8 @@ class HybridParallel:
         num_samples, num_parts = check_batch(batch), self.plan.num_microbatches
         if not self.num_steps:
             check_same_batch(batch, self.comm)
-        if num_samples // self.plan.dp < num_parts:
-            needed = self.plan.dp * num_parts
-            raise MplabError(
-                f"a batch of {num_samples} samples for {self.plan.dp} replicas with {num_parts} micro-batches each: "
-                f"every micro-batch needs one sample or more; take {needed} samples or more, or fewer micro-batches"
-            )
+        if fault := self.plan.too_few(num_samples):
+            raise MplabError(fault)
         if self._sharded is not None:
             mean = self._sharded.step(batch)
             self.num_steps += 1

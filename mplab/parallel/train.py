@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         losses.append(serial.step(batch))
         if not math.isfinite(losses[-1]):
             raise MplabError(f"the loss of step {len(losses)} is {losses[-1]}: lower --lr, which is {arguments.lr}")
-    print(f"first loss {losses[0]:.4f}, last loss {losses[-1]:.4f} after {len(losses)} steps, ", end="", flush=True)
+    done = f"{len(losses)} step{'s' * (len(losses) > 1)}"
+    print(f"first loss {losses[0]:.4f}, last loss {losses[-1]:.4f} after {done}, ", end="", flush=True)
     print(f"held-out loss {serial.evaluate(data.validation()):.4f}")
     return 0
 
@@ -60,27 +61,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m mplab train",
         description="Train a GPT on text, or an MLP on digits, on one device or by a plan.",
     )
-    parser.add_argument("--data", default="text", help="text (the Python language reference), digits, or a file")
+    parser.add_argument("--data", default="text", help="text (the Python language reference), digits, or a file's path")
     parser.add_argument(
         "--steps", type=int, default=50, help="updates in all, those before a checkpoint included (%(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="samples of a step (%(default)s)")
-    parser.add_argument("--sequence", type=int, default=64, help="bytes of a sample (%(default)s); text only")
+    parser.add_argument("--sequence", type=int, default=64, help="bytes of a sample (%(default)s); not of digits")
     parser.add_argument("--width", type=int, default=128, help="features between layers (%(default)s)")
     parser.add_argument(
         "--layers", type=int, default=2, help="blocks of the GPT, hidden layers of the MLP (%(default)s)"
     )
-    parser.add_argument("--heads", type=int, default=4, help="attention heads of a block (%(default)s); text only")
+    parser.add_argument("--heads", type=int, default=4, help="attention heads of a block (%(default)s); GPT only")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches' order (%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    parser.add_argument("--plan", help="a JSON file that Plan.save wrote: train on as many ranks as it has")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="a JSON file that Plan.save wrote: train on as many ranks as it has"
+    )
     parser.add_argument("--check-serial", action="store_true", help="with --plan: compare with serial training")
-    parser.add_argument("--trace", type=Path, help="with --plan: a folder for the last step's timeline (Chrome trace)")
-    parser.add_argument("--save", type=Path, help="with --plan: a folder for checkpoints")
-    parser.add_argument("--every", type=int, help="with --save: steps between two checkpoints (at the end only)")
-    resume = "go on after the newest checkpoint in this folder, or begin if --save has the same and it has none yet"
-    parser.add_argument("--resume", type=Path, help=f"with --plan: {resume}")
+    trace = "with --plan: a folder for the last step's timeline (Chrome trace)"
+    parser.add_argument("--trace", type=Path, metavar="DIR", help=trace)
+    parser.add_argument("--save", type=Path, metavar="DIR", help="with --plan: a folder for checkpoints")
+    every = "with --save: steps between two checkpoints; without it one is written, at the end"
+    parser.add_argument("--every", type=int, metavar="STEPS", help=every)
+    resume = "go on after the newest checkpoint in this folder; if --save names the same one and it has none yet, begin"
+    parser.add_argument("--resume", type=Path, metavar="DIR", help=f"with --plan: {resume}")
     return parser.parse_args(argv)
 
 
@@ -91,8 +96,10 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise MplabError(f"--device {name} is no device: give auto, cpu, cuda or cuda:N") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):  # torch knows more, which mplab was not tried on
+        raise MplabError(f"--device {name} is no device of mplab: give auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
         raise MplabError(f"--device {name}: this machine has {count} of this kind; give auto or cpu")
     return device

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def by_plan(
     Returns:
         The exit status: 1 where the losses differ from those of serial training.
     """
-    plan = Plan.load(arguments.plan)
+    plan = _load(arguments.plan)
     settings = {name: getattr(arguments, name) for name in KEPT} | {"samples": data.num_training}
     settings["data"] = Path(arguments.data).name  # the file may lie elsewhere on another machine
     resume = _resumed(arguments)
@@ -56,6 +57,8 @@ def by_plan(
         )
     if arguments.save:
         _make_room(arguments.save, start)
+    if arguments.trace:
+        _make_folder(arguments.trace)
     world = World.from_env() if is_launched() else World(plan.num_ranks, device_type)
     is_first = not isinstance(world, ProcessWorld) or world.rank.index == 0
     say = print if is_first else _say_nothing
@@ -83,12 +86,12 @@ def by_plan(
             timeline = world.timeline  # that of the step: to save is a run of its own
         if arguments.save and (is_last or (arguments.every and trained.num_steps % arguments.every == 0)):
             saved = trained.save(arguments.save, {"settings": settings})
-    say(f"first loss {losses[0]:.4f}, last loss {losses[-1]:.4f} after {trained.num_steps} steps, ", end="")
+    done = f"{trained.num_steps} step{'s' * (trained.num_steps > 1)}"
+    say(f"first loss {losses[0]:.4f}, last loss {losses[-1]:.4f} after {done}, ", end="")
     say(f"{format_s(statistics.median(times_s))} a step (median)", flush=True)
     if arguments.save:
         say(f"the last checkpoint: {saved}")
     if arguments.trace:
-        arguments.trace.mkdir(parents=True, exist_ok=True)
         path = arguments.trace / "last_step.json"
         if is_first:
             timeline.save(path)
@@ -104,6 +107,16 @@ def by_plan(
         f"{'as rounding does' if is_same else f'more than {SAME_LOSS:g}, the most that rounding is taken for'}"
     )
     return 0 if is_same else 1
+
+
+def _load(path: str) -> Plan:
+    """The plan in a file; what is wrong with it is said with the file's name."""
+    try:
+        return Plan.load(path)
+    except MplabError as error:
+        if str(error).startswith(path):
+            raise
+        raise MplabError(f"--plan {path}: {error}") from None
 
 
 def _say_nothing(*words: object, **options: object) -> None:
@@ -141,9 +154,13 @@ def _make_room(folder: Path, start: int) -> None:
     """A folder for what is saved after the step `start`, before any work that could be lost.
 
     Raises:
-        MplabError: it has later checkpoints, which are never written over.
+        MplabError: it has later checkpoints, which are never written over; or safetensors is missing.
         CheckpointError: it can't be made.
     """
+    try:
+        import_module("safetensors")
+    except ImportError:
+        raise MplabError(f"--save {folder}: checkpoints are safetensors files: pip install safetensors") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -154,3 +171,15 @@ def _make_room(folder: Path, start: int) -> None:
             f"--save {folder}: it has a checkpoint of step {last} already, and this training begins after step "
             f"{start}: go on from there with --resume {folder}, or give another folder"
         )
+
+
+def _make_folder(folder: Path) -> None:
+    """A folder for the timeline, before the work that it is to show.
+
+    Raises:
+        MplabError: it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MplabError(f"--trace {folder}: no folder can be made there ({error.strerror}): give another") from None

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from mplab.errors import MplabError
 from mplab.plan.traffic import chunk_lengths
-from mplab.trace.units import format_s
+from mplab.trace.units import format_bandwidth, format_s
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Link:
             )
 
     def __str__(self) -> str:
-        return f"{format_s(self.latency_s)} latency, {self.bandwidth_bytes_s / 1e9:.3g} GB/s"
+        return f"{format_s(self.latency_s)} latency, {format_bandwidth(self.bandwidth_bytes_s)}"
 
     def time_s(self, num_messages: float, size_bytes: float) -> float:
         """Seconds for `num_messages` messages one after the other, of `size_bytes` bytes in all."""

@@ -65,6 +65,18 @@ class Plan:
         """Stages of one replica."""
         return self.pp * (2 if self.schedule == "interleaved" and self.pp > 1 else 1)
 
+    def too_few(self, num_samples: int) -> str:
+        """What is wrong with a batch that does not have a sample for every micro-batch; "" if it has."""
+        needed = self.dp * self.num_microbatches
+        if num_samples >= needed:
+            return ""
+        are_many = self.num_microbatches > 1
+        return (
+            f"a batch of {num_samples!r} samples for {self.dp} replicas with {self.num_microbatches} "
+            f"micro-batch{'es' * are_many} each: every micro-batch needs one sample or more; take {needed} samples or "
+            f"more, or fewer {'micro-batches' if are_many else 'replicas'}"
+        )
+
     def _faults(self) -> Iterator[str]:
         for name in ("dp", "pp", "tp", "num_microbatches"):
             value = getattr(self, name)

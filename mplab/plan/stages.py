@@ -68,12 +68,9 @@ def share_of(plan: Plan, model: Transformer, batch: int) -> Share:
 
 
 def _faults(plan: Plan, model: Transformer, batch: int) -> Iterator[str]:
-    num_layers, needed = model.num_layers + 2, plan.dp * plan.num_microbatches
-    if batch < needed:
-        yield (
-            f"a batch of {batch!r} samples for {plan.dp} replicas with {plan.num_microbatches} micro-batches each: "
-            f"take {needed} samples or more, or fewer micro-batches"
-        )
+    num_layers = model.num_layers + 2
+    if fault := plan.too_few(batch):
+        yield fault
     for what, number in (("heads", model.num_heads), ("tokens in the vocabulary", model.vocab_size)):
         if number % plan.tp:
             yield f"tp={plan.tp} does not divide {number} {what}: each rank has as many"

@@ -196,7 +196,6 @@ class _Step:
             for unit in of_the_end:
                 self._join(unit)
             self._reduce([*on_their_way, *of_the_end])
-        self._free(self._shared)
 
     def _gather(self, unit: _Unit | None) -> None:
         if self._stage == 3 and unit is not None:

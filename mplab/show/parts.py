@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mplab.errors import MplabError
+from mplab.trace.units import format_bandwidth
 
 
 def ipywidgets_module() -> Any:
@@ -157,4 +158,4 @@ def round_s(seconds: float) -> str:
 
 def round_rate(bytes_s: float) -> str:
     """A round number of bytes a second: "100 MB/s"."""
-    return f"{bytes_s / 1e9:.4g} GB/s" if bytes_s >= 1e9 else f"{bytes_s / 1e6:.4g} MB/s"
+    return format_bandwidth(bytes_s, num_digits=4)

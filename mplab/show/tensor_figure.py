@@ -61,7 +61,7 @@ def tensor_times_figure(
     _draw_bars(figure, num_ranks, predicted, measured)
     num_cores = speeds.machine.num_cores
     notes = [
-        f"computing saved: what 1 rank computes, less what each of {num_ranks} ranks computes",
+        f"computing saved: 1 rank's, less that of each of {num_ranks} ranks; no line where it is none",
         say_machine(speeds, num_ranks),
         f"{num_ranks} ranks share {_cores(num_cores)}: times are not speed-ups"
         if num_ranks > num_cores

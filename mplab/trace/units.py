@@ -28,6 +28,12 @@ def signed_s(seconds: float) -> str:
     return f"{'−' if seconds < 0 else '+'}{format_s(abs(seconds))}"
 
 
+def format_bandwidth(bytes_s: float, num_digits: int = 3) -> str:
+    """At most so many digits and a unit: "20.6 GB/s", "50 MB/s"."""
+    unit, size = ("GB/s", 1e9) if bytes_s >= 0.9995e9 else ("MB/s", 1e6)  # 999.7 MB/s are 1 GB/s, not 1e+03 MB/s
+    return f"{bytes_s / size:.{num_digits}g} {unit}"
+
+
 def columns(rows: Sequence[Sequence[str]], align: str = "r") -> str:
     """Rows in columns: `align` has "l" or "r" for each column, and its last letter is for all that follow."""
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]

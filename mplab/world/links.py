@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mplab.errors import MplabError
 from mplab.plan.cost import Link
-from mplab.trace.units import format_s
+from mplab.trace.units import format_bandwidth, format_s
 from mplab.world.children import GlooProcesses
 from mplab.world.rank import Rank
 from mplab.world.world import World
@@ -61,9 +61,10 @@ class LinkFit:
         return max(abs(r) for r in self.residuals)
 
     def __str__(self) -> str:
-        rate = "any number of" if math.isinf(self.bandwidth_bytes_s) else f"{self.bandwidth_bytes_s / 1e9:.3g}"
+        is_free = math.isinf(self.bandwidth_bytes_s)
+        rate = "any number of GB/s" if is_free else format_bandwidth(self.bandwidth_bytes_s)
         off = f"off by up to {self.worst_residual:.0%}"
-        return f"{self.rung}: alpha {format_s(self.latency_s)}, 1/beta {rate} GB/s ({off})"
+        return f"{self.rung}: alpha {format_s(self.latency_s)}, 1/beta {rate} ({off})"
 
 
 def fit_link(rung: str, sizes_bytes: Sequence[int], times_s: Sequence[float]) -> LinkFit:
