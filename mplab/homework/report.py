@@ -88,13 +88,13 @@ class Report:
         for line in self.lines:
             mark = {"passed": "ok", "failed": "FAILED", "not checked": "?"}[line.outcome]
             extra = f" ({line.expected})" if line.outcome == "passed" and line.expected else ""
-            if line.outcome == "not checked":
-                extra = " (not checked: mend the others first)"
             yield f"  {mark:<8}{line.name}{extra}"
             if line.outcome == "failed":
                 for key in ("case", "expected", "seen", "hint"):
                     if text := getattr(line, key):
                         yield f"            {key + ':':<10}" + text.replace("\n", "\n" + " " * 22)
+        if any(line.outcome == "not checked" for line in self.lines):
+            yield "  (?: not checked; mend what failed first)"
 
 
 def say_error(error: BaseException) -> str:
