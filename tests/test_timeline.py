@@ -333,6 +333,24 @@ def test_every_event_is_a_bar_and_lanes_differ_in_more_than_colour() -> None:
     ]
 
 
+def looks_of(*names: str) -> dict[str, tuple[str, str]]:
+    figure = Timeline([Event(0, "compute", name, i, i + 1) for i, name in enumerate(names)], 1).figure()
+    return {t.name.removeprefix("compute: "): (t.marker.color, t.marker.pattern.shape) for t in bars(figure)}
+
+
+def test_what_is_in_every_lab_looks_the_same_in_every_figure() -> None:
+    one, other = looks_of("forward", "backward", "update"), looks_of("mine", "backward", "weight gradient", "forward")
+    assert len(set(one.values())) == 3
+    assert len(set(other.values())) == 4
+    assert all(one[name] == other[name] for name in ("forward", "backward"))
+    assert looks_of("input gradient")["input gradient"] == one["backward"]
+    chunks = looks_of("forward of chunk 0", "forward of chunk 1", "backward of chunk 1")
+    assert chunks["forward of chunk 0"] == one["forward"]
+    assert chunks["forward of chunk 1"] == (one["forward"][0], ".")
+    assert chunks["backward of chunk 1"] == (one["backward"][0], ".")
+    assert len(set(looks_of(*"abcdef").values())) == 4
+
+
 def test_messages_and_waits_leave_the_upper_half_of_the_row_free() -> None:
     for trace in bars(STEP.figure()):
         if trace.name in ("message", "wait"):

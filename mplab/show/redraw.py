@@ -11,7 +11,7 @@ from mplab.trace.figure import bands_json
 from mplab.trace.timeline import Timeline
 from mplab.trace.units import format_s
 
-_NUM_BARS = 8  # sets of bars in a timeline, at most: 2 predicted, 6 measured
+_NUM_BARS = 12  # sets of bars in a timeline, at most: 2 predicted; computed 4 and 4 dotted, messages, waits
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")  # of the losses, run by run
 # What two figures of the same kind differ in; an axis that is replaced as a whole loses its range in the browser.
 _CHANGING = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any, NamedTuple
 
 from mplab.errors import MplabError
@@ -41,6 +41,9 @@ _LOOKS: dict[Lane, tuple[_Look, ...]] = {
     "message": (_Look("#F5C26B", "black", "#8A5A00"),),
     "wait": (_Look("#EDEDED", "black", "#707070"),),
 }
+# What has a name of its own in every lab looks the same in every figure; a second chunk of layers is dotted.
+_LOOK_OF = {"forward": 0, "backward": 1, "input gradient": 1, "weight gradient": 2, "update": 3}
+_CHUNK = " of chunk "
 _PREDICTED = _Look("rgba(0,0,0,0)", "black", "#222222")
 _HATCHING: dict[Lane, str] = {"compute": "", "wait": "x", "message": "/"}  # a message lies over the wait for it
 
@@ -111,7 +114,7 @@ def bands_json(
             ]
             for lanes in (("message",), ("message", "wait"))
         )
-        for name, lane, look, bars in _outlined(events, band) if band.is_outlined else _filled(events, band):
+        for name, lane, look, pattern, bars in _outlined(events, band) if band.is_outlined else _filled(events, band):
             data.append(
                 {
                     "type": "bar",
@@ -126,7 +129,7 @@ def bands_json(
                     "marker": {
                         "color": look.fill,
                         "line": {"color": look.line, "width": look.line_px},
-                        "pattern": {"shape": _HATCHING[lane], "fgcolor": look.line, "size": 6, "solidity": 0.15},
+                        "pattern": {"shape": pattern, "fgcolor": look.line, "size": 6, "solidity": 0.15},
                     },
                 }
             )
@@ -149,30 +152,42 @@ def bands_json(
     return {"data": data, "layout": layout}
 
 
-def _filled(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _Look, list[_Bar]]]:
-    """What is drawn alike: every lane, and within the compute lane every name (names beyond the fourth share looks)."""
-    for lane in _HATCHING:
+def _filled(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _Look, str, list[_Bar]]]:
+    """What is drawn alike: every lane, and within the compute lane every name (of many names, some share looks)."""
+    for lane, hatching in _HATCHING.items():
         bars = _bars([e for e in events if e.lane == lane], band)
-        looks = _LOOKS[lane]
         names = list(dict.fromkeys(bar.event.name for bar in bars))
-        for i, look in enumerate(looks[: len(names)]):
-            alike = names[i :: len(looks)]
+        looks = _compute_looks(names) if lane == "compute" else dict.fromkeys(names, (_LOOKS[lane][0], hatching))
+        for look, pattern in dict.fromkeys(looks.values()):
+            alike = [name for name in names if looks[name] == (look, pattern)]
             said = textwrap.shorten(", ".join(alike), 24, placeholder=" …") if lane == "compute" else ""
             yield (
                 f"{lane}: {html.escape(said)}" if said else lane,
                 lane,
                 look,
+                pattern,
                 [bar for bar in bars if bar.event.name in alike],
             )
 
 
-def _outlined(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _Look, list[_Bar]]]:
+def _compute_looks(names: Sequence[str]) -> dict[str, tuple[_Look, str]]:
+    """Fill and pattern of what was computed."""
+    looks, kinds = _LOOKS["compute"], {name: name.partition(_CHUNK) for name in names}
+    taken = {_LOOK_OF.get(kind) for kind, *_ in kinds.values()}
+    places = cycle([place for place in range(len(looks)) if place not in taken] or range(len(looks)))
+    return {
+        name: (looks[_LOOK_OF[kind] if kind in _LOOK_OF else next(places)], "" if chunk in ("", "0") else ".")
+        for name, (kind, _, chunk) in kinds.items()
+    }
+
+
+def _outlined(events: Sequence[Event], band: Band) -> Iterator[tuple[str, Lane, _Look, str, list[_Bar]]]:
     """Work and messages; where nothing is drawn, a rank is predicted to wait."""
     kinds: tuple[tuple[Lane, str, float], ...] = (("compute", "predicted", 1.2), ("message", "predicted message", 0.8))
     for lane, name, line_px in kinds:
         bars = _bars([e for e in events if e.lane == lane], band)
         if bars:
-            yield name, lane, _PREDICTED._replace(line_px=line_px), bars
+            yield name, lane, _PREDICTED._replace(line_px=line_px), _HATCHING[lane], bars
 
 
 def _bars(events: Sequence[Event], band: Band) -> list[_Bar]:
