@@ -80,7 +80,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: the disk is full, or the file can't be written.
     """
-    library = _safetensors()
+    library = safetensors_library()
     try:
         library.save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path)
         _sync(path)
@@ -191,7 +191,7 @@ class Checkpoint:
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder} has no {name}: it is of another model or optimizer")
         file = Path(str(self._file_of[name])).name
-        library = _safetensors()
+        library = safetensors_library()
         try:
             if file not in self._open:
                 self._open[file] = library.safe_open(self.folder / file, framework="pt")
@@ -207,7 +207,12 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(json.loads(text)).encode()).hexdigest()
 
 
-def _safetensors() -> Any:
+def safetensors_library() -> Any:
+    """What reads and writes the files.
+
+    Raises:
+        MplabError: it is not installed.
+    """
     try:
         import safetensors.torch
     except ImportError:

@@ -7,7 +7,6 @@ import math
 import statistics
 import time
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from mplab.datasets import Digits, Text
 from mplab.errors import CheckpointError, MplabError
-from mplab.parallel.checkpoint_files import Checkpoint
+from mplab.parallel.checkpoint_files import Checkpoint, safetensors_library
 from mplab.parallel.parallelize import parallelize
 from mplab.parallel.serial import Serial
 from mplab.plan.layout import Plan
@@ -157,10 +156,7 @@ def _make_room(folder: Path, start: int) -> None:
         MplabError: it has later checkpoints, which are never written over; or safetensors is missing.
         CheckpointError: it can't be made.
     """
-    try:
-        import_module("safetensors")
-    except ImportError:
-        raise MplabError(f"--save {folder}: checkpoints are safetensors files: pip install safetensors") from None
+    safetensors_library()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

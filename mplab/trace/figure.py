@@ -41,7 +41,7 @@ _LOOKS: dict[Lane, tuple[_Look, ...]] = {
     "message": (_Look("#F5C26B", "black", "#8A5A00"),),
     "wait": (_Look("#EDEDED", "black", "#707070"),),
 }
-# What has a name of its own in every lab looks the same in every figure; a second chunk of layers is dotted.
+# What has a name of its own in every lab looks the same in every figure; chunks of layers after the first are dotted.
 _LOOK_OF = {"forward": 0, "backward": 1, "input gradient": 1, "weight gradient": 2, "update": 3}
 _CHUNK = " of chunk "
 _PREDICTED = _Look("rgba(0,0,0,0)", "black", "#222222")
