@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -590,6 +591,17 @@ def fault(world: ProcessWorld, work: Callable[[Rank], Any]) -> Any:
     return said | {"took_s": took_s, "untouched": untouched}
 
 
+def _end(failed: threading.ExceptHookArgs) -> None:
+    """End the process, as an exception of one of its threads would not do."""
+    print(
+        f"in thread {failed.thread}:",
+        "".join(traceback.format_exception(failed.exc_value)),
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(77)
+
+
 def main() -> None:
     gc.freeze()  # what is loaded by now stays
     # As in a terminal: a background job ignores SIGINT, and so would its children.
@@ -598,7 +610,7 @@ def main() -> None:
     for name in sys.argv[2:]:
         propagates = name.startswith("exit_")
         name = name.removeprefix("exit_")
-        threading.excepthook = lambda args: os._exit(77)  # none of the library's threads may fail in silence
+        threading.excepthook = _end  # none of the library's threads may fail in silence
         world = World.from_env(TIMEOUT_S if name in FAULTS or name.startswith("late") else 30.0)
         rank = world.rank.index
         (folder / f"{name}.{rank}.pid").write_text(str(os.getpid()))

@@ -61,6 +61,23 @@ def guard(make_guard: Callable[[], Guard]) -> Guard:
     return make_guard()
 
 
+def test_a_question_that_comes_before_the_wire_is_made_is_answered() -> None:
+    """The others may wait, and ask where this rank is, while it is still being made."""
+    deliveries: list[threading.Thread] = []
+
+    class EarlyWire(FakeWire):
+        def __init__(self, rank: int, size: int, deliver: Callable[..., bool], lose: Callable[..., None]) -> None:
+            super().__init__(rank, size, deliver, lose)
+            question = Parcel(["state", "waits", 1, "waits somewhere", [0], [], []], None, 0, None)
+            deliveries.append(threading.Thread(target=deliver, args=(1, question), daemon=True))
+            deliveries[0].start()
+            deliveries[0].join(0.05)
+
+    guard = Guard(0, 3, 0.3, EarlyWire)  # type: ignore[arg-type]
+    deliveries[0].join(5)
+    assert [(peers, words[:2]) for peers, words in guard._wire.sent] == [((1,), ["state", "runs"])]  # type: ignore[attr-defined]
+
+
 def say(guard: Guard, peer: int, kind: str, *words: Any) -> bool:
     return guard._deliver(peer, Parcel([kind, *words], None, 0, None))
 

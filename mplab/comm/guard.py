@@ -96,7 +96,8 @@ class Guard:
         self._heard_s = [time.monotonic()] * size
         self._told = State()
         self._lost: dict[int, str] = {}
-        self._wire = make_wire(rank, size, self._deliver, self._lose)
+        with self._lock:  # what comes at once is read once there is a wire to answer with
+            self._wire = make_wire(rank, size, self._deliver, self._lose)
         self.peers = self._wire.peers
 
     # -- a run ---------------------------------------------------------------------------------------------------------
