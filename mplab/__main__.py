@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,9 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its own arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0 when all went well, 2 after a user's mistake (stderr says which), 130 after Ctrl-C.
+        The exit status: 0 when all went well, 2 after a user's mistake (stderr says which), 130 after Ctrl-C, 141 when
+        nobody reads the output any more.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 141
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2

@@ -899,7 +899,7 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--plan", "PLAN", "--save", "runs"], "it has a checkpoint of step 3 already, and this training begins after"),
         (["--plan", "PLAN", "--save", "runs", "--resume", "runs/step-00000002"], "begins after step 2: go on from"),
         (["--plan", "PLAN", "--resume", "runs", "--steps", "2"], "gone 3 steps, and --steps 2 counts them: give 3 or"),
-        (["--plan", "PLAN", "--save", "PLAN"], "no checkpoint can be written there"),
+        (["--plan", "PLAN", "--save", "PLAN"], "no folder can be made there"),
         (["--plan", "PLAN", "--resume", "runs", "--lr", "0.1"], "it was trained with lr 0.003, and this is lr 0.1"),
         (["--plan", "PLAN", "--resume", "runs", "--batch-size", "8"], "trained with batch-size 16, and this is batch"),
         (["--plan", "PLAN", "--resume", "runs", "--width", "32", "--seed", "1"], "width 16, seed 0, and this is width"),

@@ -118,6 +118,8 @@ def test_training_goes_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--lr", "0"], "--lr 0.0: must be above 0"),
         (["--lr", "nan"], "--lr nan: must be above 0"),
         (["--lr", "1e30"], "the loss of step 2 is nan: lower --lr"),
+        (["--width", "100000000"], "--width 100000000 --layers 2: weights, gradients and AdamW's moments take "),
+        (["--width", "100000000", "--data", "digits"], "give a smaller model"),
         (["--device", "toaster"], "--device toaster is no device"),
         (["--device", "mps"], "--device mps is no device of mplab: give auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
@@ -230,6 +232,17 @@ def test_ctrl_c_is_one_line_and_status_130(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(Serial, "step", interrupted)
     assert command_line.main(["train", *TINY]) == 130
     assert capsys.readouterr().err == "mplab train: stopped\n"
+
+
+@pytest.mark.parametrize(("arguments", "unbuffered"), [(["--help"], ""), (["--help"], "1"), (["train", *TINY], "")])
+def test_nobody_reads_the_output_any_more(arguments: list[str], unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "mplab", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from mplab.errors import MplabError
 from mplab.models import GPT, MLP, GPTConfig
 from mplab.parallel.serial import Serial
 from mplab.parallel.train_plan import by_plan
+from mplab.world.machine import machine
 from mplab.world.progress import progress
 
 
@@ -106,11 +108,30 @@ def find_device(name: str) -> torch.device:
 
 
 def make(arguments: argparse.Namespace) -> tuple[Text | Digits, nn.Module]:
-    """The dataset and a model that fits it."""
+    """The dataset and a model that fits it, and into memory.
+
+    Raises:
+        MplabError: sizes that can't be, or whose weights, gradients and AdamW's two moments are larger than memory.
+    """
+    data, build = _prepare(arguments)
+    with torch.device("meta"):
+        size = sum(parameter.nbytes for parameter in build().parameters())
+    is_on_cpu = find_device(arguments.device).type == "cpu"
+    needed, there = size * (4 if is_on_cpu else 1), machine().memory_bytes  # for a GPU its weights are made here
+    if 0 < there < needed:
+        what = "weights, gradients and AdamW's moments" if is_on_cpu else "weights"
+        raise MplabError(
+            f"--width {arguments.width} --layers {arguments.layers}: {what} take {needed / 1e9:,.1f} GB, and this "
+            f"machine has {there / 1e9:.1f} GB: give a smaller model"
+        )
+    return data, build()
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[Text | Digits, Callable[[], nn.Module]]:
     if arguments.data == "digits":
         pictures = digits(batch_size=arguments.batch_size, seed=arguments.seed)
         sizes = (pictures.num_features, *[arguments.width] * arguments.layers, pictures.num_classes)
-        return pictures, MLP(sizes, arguments.seed)
+        return pictures, partial(MLP, sizes, arguments.seed)
     path = None if arguments.data == "text" else arguments.data
     words = text(path, batch_size=arguments.batch_size, sequence=arguments.sequence, seed=arguments.seed)
     config = GPTConfig(
@@ -120,7 +141,7 @@ def make(arguments: argparse.Namespace) -> tuple[Text | Digits, nn.Module]:
         num_heads=arguments.heads,
         width=arguments.width,
     )
-    return words, GPT(config, arguments.seed)
+    return words, partial(GPT, config, arguments.seed)
 
 
 def describe(thing: Text | Digits | nn.Module) -> str:

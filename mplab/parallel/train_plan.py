@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mplab.datasets import Digits, Text
-from mplab.errors import CheckpointError, MplabError
+from mplab.errors import MplabError
 from mplab.parallel.checkpoint_files import Checkpoint, safetensors_library
 from mplab.parallel.parallelize import parallelize
 from mplab.parallel.serial import Serial
@@ -57,7 +57,7 @@ def by_plan(
     if arguments.save:
         _make_room(arguments.save, start)
     if arguments.trace:
-        _make_folder(arguments.trace)
+        _make_folder("--trace", arguments.trace)
     world = World.from_env() if is_launched() else World(plan.num_ranks, device_type)
     is_first = not isinstance(world, ProcessWorld) or world.rank.index == 0
     say = print if is_first else _say_nothing
@@ -153,14 +153,10 @@ def _make_room(folder: Path, start: int) -> None:
     """A folder for what is saved after the step `start`, before any work that could be lost.
 
     Raises:
-        MplabError: it has later checkpoints, which are never written over; or safetensors is missing.
-        CheckpointError: it can't be made.
+        MplabError: it has later checkpoints, which are never written over; it can't be made; or safetensors is missing.
     """
     safetensors_library()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"--save {folder}: no checkpoint can be written there ({error})") from None
+    _make_folder("--save", folder)
     last = max((int(number) for path in folder.glob("step-*") if (number := path.name[5:]).isdigit()), default=0)
     if last > start:
         raise MplabError(
@@ -169,13 +165,8 @@ def _make_room(folder: Path, start: int) -> None:
         )
 
 
-def _make_folder(folder: Path) -> None:
-    """A folder for the timeline, before the work that it is to show.
-
-    Raises:
-        MplabError: it can't be made.
-    """
+def _make_folder(option: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MplabError(f"--trace {folder}: no folder can be made there ({error.strerror}): give another") from None
+        raise MplabError(f"{option} {folder}: no folder can be made there ({error.strerror}): give another") from None
