@@ -224,6 +224,7 @@ def test_bars_stand_end_to_end_and_are_as_long_as_what_they_stand_for() -> None:
         (50e6, 50, "a rank has 50.0 MB"),
         (20e6, 20, "a rank has 20.0 MB"),
         (400e6, None, "a rank has 400 MB, 10 times as much →"),
+        (400e9, None, "a rank has 400 GB, 10,000 times as much →"),
     ],
 )
 def test_the_memory_of_a_rank_is_a_line_or_far_away(has_bytes: float, at: float | None, said: str) -> None:

@@ -96,13 +96,13 @@ def box_of(children: Iterable[Any], *figures: Any) -> Any:
 
 
 def grid(children: Sequence[Any], least_px: int) -> Any:
-    """Controls side by side where the page is wide enough, below each other where it is not.
+    """Controls in two columns where the page is wide enough, below each other where it is not.
 
     Args:
         children: line by line.
         least_px: that each of them needs.
     """
-    columns = f"repeat(auto-fit, minmax(min({least_px}px, 100%), 1fr))"
+    columns = f"repeat(auto-fit, minmax(max(min({least_px}px, 100%), 34%), 1fr))"  # a third one has no room
     return ipywidgets_module().GridBox(children, layout={"grid_template_columns": columns, "width": "100%"})
 
 

@@ -93,10 +93,10 @@ class PlanExplorer:
 
     def _controls(self, widgets: Any) -> list[Any]:
         of = self.controls
-        pairs = [of.model, of.machine, of.dp, of.schedule, of.pp, of.num_microbatches, of.tp, of.zero]
+        columns = [[of.model, of.dp, of.pp, of.tp], [of.machine, of.schedule, of.num_microbatches, of.zero]]
         row = {"align_items": "center", "flex_flow": "row wrap"}
         switches = [of.sequence_parallel, of.recompute, self.best_button, self.run_button]
-        return [grid(pairs, 310), of.bar, widgets.HBox(switches, layout=row)]
+        return [grid([widgets.VBox(column) for column in columns], 310), of.bar, widgets.HBox(switches, layout=row)]
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return as_output(self, **kwargs)

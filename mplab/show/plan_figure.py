@@ -152,7 +152,7 @@ def _redraw_memory(figure: Any, bars: Sequence[Any], sum_: Any, memory: Memory, 
     _redraw_bars(bars, [("predicted", name, size, _bytes(size)) for name, size in sizes], unit_bytes)
     redraw(sum_, {"x": [total / unit_bytes], "text": [f"  <b>{_bytes(total)}</b>"]})
     at, end = min(has_bytes, end_bytes) / unit_bytes, end_bytes / unit_bytes
-    times = f", {has_bytes / total:,.3g} times as much →" if is_far else ""
+    times = f", {float(f'{has_bytes / total:.3g}'):,g} times as much →" if is_far else ""
     redraw(figure.layout.shapes[0], {"x0": at, "x1": at, "opacity": 0 if is_far else 1})
     side = "right" if at > 0.5 * end else "left"
     said = f"a rank has {_bytes(has_bytes)}{times}"
