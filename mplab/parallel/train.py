@@ -16,6 +16,7 @@ from mplab.errors import MplabError
 from mplab.models import GPT, MLP, GPTConfig
 from mplab.parallel.serial import Serial
 from mplab.parallel.train_plan import by_plan
+from mplab.world.launch import is_launched
 from mplab.world.machine import machine
 from mplab.world.progress import progress
 
@@ -116,10 +117,11 @@ def make(arguments: argparse.Namespace) -> tuple[Text | Digits, nn.Module]:
     data, build = _prepare(arguments)
     with torch.device("meta"):
         size = sum(parameter.nbytes for parameter in build().parameters())
-    is_on_cpu = find_device(arguments.device).type == "cpu"
-    needed, there = size * (4 if is_on_cpu else 1), machine().memory_bytes  # for a GPU its weights are made here
+    # The weights are made here in any case; the rest may be on a GPU, or on other hosts.
+    stays_here = find_device(arguments.device).type == "cpu" and not is_launched()
+    needed, there = size * (4 if stays_here else 1), machine().memory_bytes
     if 0 < there < needed:
-        what = "weights, gradients and AdamW's moments" if is_on_cpu else "weights"
+        what = "weights, gradients and AdamW's moments" if stays_here else "weights"
         raise MplabError(
             f"--width {arguments.width} --layers {arguments.layers}: {what} take {needed / 1e9:,.1f} GB, and this "
             f"machine has {there / 1e9:.1f} GB: give a smaller model"
