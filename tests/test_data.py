@@ -670,6 +670,7 @@ def test_a_nan_or_inf_is_raised_before_it_reaches_another_rank(name: str, overla
         for batch in batches()[:2]:
             engine.step(batch)
         before[rank.index] = [p.detach().clone() for p in engine.model.parameters()]
+        rank.comm.barrier()
         if rank.index == 1:
             spoiled(engine, name, spoil)
         try:

@@ -158,6 +158,31 @@ def test_a_rank_raises_while_the_others_are_busy(
     works(w)
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_thread_is_stopped_where_its_rank_has_not_begun_or_is_over(
+    is_early: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of that is printed, as Python does when a thread ends with an exception."""
+    of_thread = threading.Thread.run
+    began = time.monotonic()
+
+    def run(thread: threading.Thread) -> None:
+        if not is_early:
+            of_thread(thread)
+        while thread.name == "mplab-rank1" and time.monotonic() < began + 0.3:
+            pass
+        if is_early:
+            of_thread(thread)
+
+    monkeypatch.setattr(threading.Thread, "run", run)
+    w = world(2)
+    with pytest.raises(OwnError):
+        w.run(lambda rank: rank.index or fail_deep_inside(rank))
+    assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    works(w)
+
+
 @pytest.mark.parametrize("n", [1, 2, 8, 50])
 def test_a_rank_raises_in_a_world_of_any_size(n: int) -> None:
     def run(rank: Rank) -> None:

@@ -27,18 +27,25 @@ class _Stopped(PeerFailure):
 
 @contextmanager
 def _losing_quietly() -> Iterator[None]:
-    """Where Python frees objects it loses an exception, and says so; nobody need read of a stop, for another comes."""
-    before = sys.unraisablehook
+    """Where Python frees objects it loses an exception, and says so; nobody need read of a stop, for another comes.
+
+    Nor of one that a thread met before its rank began, or after it had ended.
+    """
+    before, of_threads = sys.unraisablehook, threading.excepthook
 
     def hook(lost: sys.UnraisableHookArgs) -> None:
         if lost.exc_type is not _Stopped:
             before(lost)
 
-    sys.unraisablehook = hook
+    def hook_of_threads(ended: threading.ExceptHookArgs) -> None:
+        if ended.exc_type is not _Stopped:
+            of_threads(ended)
+
+    sys.unraisablehook, threading.excepthook = hook, hook_of_threads
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook, threading.excepthook = before, of_threads
 
 
 @_losing_quietly()
