@@ -25,7 +25,9 @@ from limits import leaves_nothing_behind as leaves_nothing_behind
 from mplab import CollectiveMismatch, CommTimeout, Deadlock, Link, MplabError, PeerFailure, World
 from mplab.comm import Communicator
 from mplab.comm.collectives import SMALL_BYTES
+from mplab.comm.hub import Channel
 from mplab.world import Rank
+from mplab.world import stop as stop_module
 
 AT_ONCE_S = 5.0
 LARGE = SMALL_BYTES // 4 + 1  # float32: above what one rank computes for all
@@ -181,6 +183,27 @@ def test_a_thread_is_stopped_where_its_rank_has_not_begun_or_is_over(
     assert capsys.readouterr().err == ""
     monkeypatch.undo()
     works(w)
+
+
+AFTER_THE_END: dict[str, Callable[[Communicator], object]] = {
+    "all_reduce": lambda comm: comm.all_reduce(torch.ones(3)),
+    "iall_reduce": lambda comm: comm.iall_reduce(torch.ones(3)),
+    "all_to_all": lambda comm: comm.all_to_all([torch.ones(1)] * 2),
+    "group": lambda comm: comm.group([0, 1]).barrier(),
+    "send": lambda comm: comm.send(torch.ones(3), 1),
+    "recv": lambda comm: comm.recv(1),
+    "coalesced": lambda comm: comm.all_reduce_coalesced_([torch.ones(3)]),
+}
+
+
+@pytest.mark.parametrize("call", AFTER_THE_END.values(), ids=AFTER_THE_END)
+def test_a_run_that_is_over_hears_nothing_any_more(call: Callable[[Communicator], object]) -> None:
+    comm = world(2, timeout_s=0.2).run(lambda rank: rank.comm)[0]
+    with (
+        at_most(5),
+        pytest.raises(MplabError, match=r"^rank 0 can't do .*: its run is over; call it inside World\.run"),
+    ):
+        call(comm)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 50])
@@ -976,3 +999,110 @@ def test_a_mistake_is_an_mplab_error_and_names_the_rank() -> None:
     with pytest.raises(MplabError, match="root=9") as caught:
         world(3).run(lambda rank: rank.comm.broadcast(torch.ones(1), 9 if rank.index == 1 else 0))
     assert "rank 1 of 3" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_ranks_wake_though_who_wakes_them_is_stopped(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    """The rank that failed is told to stop before it has woken all; or Ctrl-C comes again at that moment."""
+    stop_channel, num_stopped = Channel.stop, 0
+
+    def stop(channel: Channel) -> None:
+        nonlocal num_stopped
+        num_stopped += 1
+        if slow:
+            time.sleep(0.1)
+            time.sleep(0)
+        elif num_stopped == 1:
+            raise KeyboardInterrupt
+        stop_channel(channel)
+
+    def work(rank: Rank) -> None:
+        if rank.index == 0:
+            time.sleep(0.2)
+            if slow:
+                raise ValueError
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.2)
+        rank.comm.recv(0) if rank.index < 3 else rank.comm.barrier()
+
+    monkeypatch.setattr(Channel, "stop", stop)
+    before = set(threading.enumerate())
+    with pytest.raises((ValueError, KeyboardInterrupt)) as raised:
+        World(4, "cpu").run(work)
+    assert not any("left behind" in note for note in getattr(raised.value, "__notes__", ()))
+    end_s = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
+
+
+def test_two_worlds_that_fail_at_once_leave_the_hook_for_lost_exceptions_as_it_was() -> None:
+    before = sys.unraisablehook
+
+    def lose(after_s: float, for_s: float) -> None:
+        time.sleep(after_s)
+        with stop_module._losing_quietly():
+            time.sleep(for_s)
+
+    threads = [threading.Thread(target=lose, args=times) for times in ((0.0, 0.1), (0.05, 0.1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.unraisablehook is before
+
+
+def test_a_wait_after_its_run_ends() -> None:
+    """Nobody watches it any more."""
+    handle = World(2, "cpu").run(lambda rank: rank.comm.irecv(1 - rank.index))[0]
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            handle.wait()
+        except MplabError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert "its run is over" in str(errors)
+
+
+def test_what_stops_a_rank_that_has_just_ended_stops_no_thread_that_has_its_number_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as a rank of another world."""
+    stopped: list[BaseException] = []
+    namesakes: list[threading.Thread] = []
+    has_ended = threading.Event()
+
+    def wait() -> None:
+        try:
+            while not has_ended.is_set():
+                time.sleep(0.001)
+        except BaseException as error:
+            stopped.append(error)
+
+    def imports(thread: threading.Thread) -> bool:
+        thread.join()
+        while len(namesakes) < 50 and thread.ident not in {t.ident for t in namesakes}:
+            namesakes.append(threading.Thread(target=wait, daemon=True))
+            namesakes[-1].start()
+        return False
+
+    def work(rank: Rank) -> None:
+        rank.comm.barrier()
+        if rank.index == 0:
+            raise KeyError
+        time.sleep(0.1)
+
+    monkeypatch.setattr(stop_module, "_imports", imports)
+    with pytest.raises(KeyError):
+        World(2, "cpu").run(work)
+    time.sleep(0.05)
+    has_ended.set()
+    for thread in namesakes:
+        thread.join()
+    assert namesakes
+    assert stopped == []

@@ -291,3 +291,44 @@ def test_an_interrupt_wherever_it_comes_is_one_and_leaves_no_lock_behind(
         teller.join(5)
         assert not teller.is_alive(), f"the lock is held after place {num_places}"
     assert num_places > 100
+
+
+# --- how ranks leave -------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_left_is_not_waited_for_at_the_end_of_a_run(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else for ever: how long the others take until then is theirs to say."""
+    answers = iter([None] * 20)
+    monkeypatch.setattr(guard._wire, "expect", lambda: next(answers))
+    say(guard, 1, "state", "left", 0, "has left the world", [], [], [])
+    with pytest.raises(Deadlock, match="rank 1, which has left the world\n  rank 0 waits for rank 1, 2 in the end of"):
+        guard.finish(torch.ones(1))
+
+
+def test_a_send_that_broke_before_the_last_word_was_read_is_no_failure(guard: Guard) -> None:
+    guard._lose(2, "Connection closed")
+    say(guard, 2, "state", "left", 1, "has left the world", [], [], [])
+    with pytest.raises(CommTimeout):
+        recv(guard)
+
+
+def test_an_interrupted_end_is_one_that_waits_no_longer(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeouts: list[float] = []
+
+    def close(timeout_s: float) -> None:
+        timeouts.append(timeout_s)
+        if timeout_s:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(guard._wire, "close", close)
+    with pytest.raises(KeyboardInterrupt):
+        guard.leave(2.0)
+    assert timeouts == [2.0, 0.0]
+
+
+def test_a_fork_of_the_process_says_nothing_over_its_connections(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as forked:
+        forked.setattr(guard_module.os, "getpid", lambda: -1)
+        guard.fail(SystemExit(0))
+        assert not guard.is_mine
+    assert (guard._wire.sent, guard.failure) == ([], None)  # type: ignore[attr-defined]

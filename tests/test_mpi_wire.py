@@ -270,3 +270,32 @@ def test_to_close_waits_for_what_was_sent_last(pair: Pair, monkeypatch: pytest.M
     pair.wires[0].close(30.0)
     timer.join()
     assert mpi_module._unread == []
+
+
+def test_a_parcel_that_takes_long_holds_up_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(Status=SimpleNamespace, BYTE=1)))
+    comms: list[FakeComm] = []
+    comms += [FakeComm(r, comms) for r in range(3)]
+    came: list[Any] = []
+    wires = [
+        MpiWire(comm, r, 3, lambda peer, parcel: came.append(parcel.words) or True, lambda peer, reason: None)  # type: ignore[arg-type, func-returns-value]
+        for r, comm in enumerate(comms)
+    ]
+    comms[0].is_late = True
+    wires[2].send([0], "large", torch.ones(10_000))
+    end_s = time.monotonic() + 5
+    while not comms[0].requests and time.monotonic() < end_s:
+        time.sleep(0.001)
+    comms[0].is_late = False
+    wires[2].send([0], "after it")
+    wires[1].send([0], "small")
+    while not came and time.monotonic() < end_s:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert came == ["small"]
+    comms[0].requests[0].is_done = True
+    while len(came) < 3 and time.monotonic() < end_s:
+        time.sleep(0.001)
+    assert came == ["small", "large", "after it"]
+    for wire in wires:
+        wire.close(0.0)

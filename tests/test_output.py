@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import threading
 import time
@@ -208,3 +209,14 @@ def test_no_line_is_lost_or_doubled_when_shown_while_it_is_written(impatient: No
         assert [line for line in shown.getvalue().splitlines() if line.startswith(f"[rank {r}]")] == [
             f"[rank {r}] {i}" for i in range(3000)
         ]
+
+
+def test_a_fork_of_a_rank_shows_what_it_prints_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    def work(rank: Rank) -> None:
+        if os.fork() == 0:
+            print("from a fork", flush=True)
+            os._exit(0)
+        os.wait()
+
+    World(1, "cpu").run(work)
+    assert capfd.readouterr().out == "from a fork\n"

@@ -559,3 +559,17 @@ def test_a_world_of_one_process_and_another_one_after_it(variables: pytest.Monke
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("mplab")]
         with pytest.raises(MplabError, match="this world is closed"):
             world.run(work, 2)
+
+
+def test_rank_0s_store_outlives_its_world(variables: pytest.MonkeyPatch) -> None:
+    """The others may look for the next one before rank 0 has left."""
+    World.from_env().close()
+    assert not join._trouble("127.0.0.1", int(os.environ["MASTER_PORT"]))
+
+
+def test_a_fork_of_a_rank_does_not_leave_for_it(variables: pytest.MonkeyPatch) -> None:
+    with World.from_env() as world:
+        with variables.context() as forked:
+            forked.setattr(os, "getpid", lambda: -1)
+            world.close()
+        assert world.run(lambda rank: rank.index) == [0]

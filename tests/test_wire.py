@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import weakref
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,5 +81,63 @@ def test_what_was_sent_is_freed_sixteen_small_parcels_at_a_time_and_a_large_one_
     wire.send([1], "last")
     wire.flush(30)
     assert num_kept() == 0
+    fake.is_broken.set()
+    wire.close(30)
+
+
+def test_an_interrupt_while_it_closes_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 takes a thread for ended when Ctrl-C comes while it is joined."""
+
+    class Breakable(FakeGloo):
+        def _break(self, timeout: object) -> None:
+            if timeout == timedelta(milliseconds=1):
+                self.is_broken.set()
+            super()._break(timeout)
+
+    monkeypatch.setattr(gloo, "dist", Breakable())
+    wire = gloo.GlooWire(0, 3, lambda peer, parcel: False, lambda peer, reason: None)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        wire.close(30)
+    timer.join()
+    wire.close(0.0)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mplab")]
+
+
+def test_what_cannot_be_read_is_told_like_a_connection_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silly(FakeGloo):
+        def irecv(self, x: torch.Tensor, peer: int, tag: int) -> Any:
+            x.zero_()
+            return SimpleNamespace(wait=lambda timeout: None)
+
+    lost: list[tuple[int, str]] = []
+    monkeypatch.setattr(gloo, "dist", Silly())
+    wire = gloo.GlooWire(0, 2, lambda peer, parcel: False, lambda peer, reason: lost.append((peer, reason)))
+    wire.close(30)
+    ((peer, reason),) = lost
+    assert (peer, "Expecting value" in reason) == (1, True)
+
+
+def test_ctrl_c_between_a_frame_and_its_rest_leaves_nobody_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who got a frame waits for its rest, and would not hear of the failure."""
+
+    class Interrupted(FakeGloo):
+        def isend(self, x: torch.Tensor, peer: int, tag: int) -> Any:
+            sent.append((tag, weakref.ref(x.untyped_storage())))
+            if len(sent) == 1:
+                raise KeyboardInterrupt
+            return super().isend(x, peer, tag)
+
+    sent: list[tuple[int, weakref.ref[torch.UntypedStorage]]] = []
+    fake = Interrupted()
+    monkeypatch.setattr(gloo, "dist", fake)
+    wire = gloo.GlooWire(0, 2, lambda peer, parcel: False, lambda peer, reason: None)
+    with pytest.raises(KeyboardInterrupt):
+        wire.send([1], "large", torch.ones(5000))
+    assert [tag for tag, _ in sent] == [1]  # no frame
+    assert sent[0][1]() is not None  # gloo may still read it
+    wire.send([1], "failure")
+    assert [tag for tag, _ in sent] == [1, 0]
     fake.is_broken.set()
     wire.close(30)

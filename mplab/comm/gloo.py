@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from queue import SimpleQueue
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -46,11 +47,15 @@ class GlooWire(Wire):
         self._sending = threading.Lock()
         self._in_flight: SimpleQueue[Any] = SimpleQueue()
         self._kept: list[tuple[list[dist.Work | None], Tensor]] = []
-        self._receivers = [
-            threading.Thread(target=self._receive, args=(p,), daemon=True, name=f"mplab-from{p}") for p in self.peers
+        self._ended: SimpleQueue[None] = SimpleQueue()
+        works = {f"mplab-from{p}": partial(self._receive, p) for p in self.peers} | {"mplab-sent": self._release_sent}
+        self._threads = [
+            threading.Thread(target=self._until_end, args=(work,), daemon=True, name=name)
+            for name, work in works.items()
         ]
-        self._releaser = threading.Thread(target=self._release_sent, daemon=True, name="mplab-sent")
-        for thread in (*self._receivers, self._releaser):
+        self._num_running = 0
+        for thread in self._threads:
+            self._num_running += 1
             thread.start()
 
     def expect(self) -> None:
@@ -68,29 +73,44 @@ class GlooWire(Wire):
         with self._sending:
             self._free_kept()
         self._in_flight.put(None)
-        for thread in (*self._receivers, self._releaser):
-            thread.join(max(0.0, end_s - time.monotonic()))
         for peer in self.peers:
-            if any(thread.is_alive() for thread in (*self._receivers, self._releaser)):
+            if not self._have_ended(end_s):
                 with suppress(RuntimeError):  # a wait that expires breaks all of this process's connections
                     never = torch.empty(1, dtype=torch.uint8, device="cpu")
                     _wait(dist.irecv(never, peer, tag=_NO_TAG), timedelta(milliseconds=1))
-                for thread in (*self._receivers, self._releaser):
-                    thread.join(_BREAK_S / len(self.peers))
+                end_s = time.monotonic() + _BREAK_S / len(self.peers)
+        if self._have_ended(end_s):
+            for thread in self._threads:
+                thread.join()
+
+    def _have_ended(self, end_s: float) -> bool:
+        """Wait for the threads until then. Not by `Thread.join`: where Ctrl-C ends that, Python 3.11 takes a thread for
+        ended that goes on."""
+        with suppress(Empty):
+            while self._num_running:
+                self._ended.get(timeout=max(0.0, end_s - time.monotonic()))
+                self._num_running -= 1
+        return not self._num_running
+
+    def _until_end(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        finally:
+            self._ended.put(None)
 
     def _post(self, peers: Sequence[int], memory: Tensor, num_bytes: int, borrowed: bool) -> None:
         broken = []
         with self._sending:  # a frame and its rest, of one parcel after the other
-            works = []
+            works: list[dist.Work | None] = []
+            self._kept.append((works, memory))  # first, for Ctrl-C may come between any two of these
             for peer in peers:
-                try:
-                    works.append(dist.isend(memory[:FRAME_BYTES], peer, tag=_FRAME_TAG))
+                try:  # the rest first: whoever gets a frame waits for its rest, and hears nothing else meanwhile
                     if num_bytes > FRAME_BYTES:
                         works.append(dist.isend(memory[FRAME_BYTES:num_bytes], peer, tag=_REST_TAG))
+                    works.append(dist.isend(memory[:FRAME_BYTES], peer, tag=_FRAME_TAG))
                 except RuntimeError as error:
                     broken.append((peer, _reason(error)))
-            self._kept.append((works, memory))
-            if len(self._kept) == _NUM_KEPT or memory.numel() >= SPARE_BYTES:
+            if len(self._kept) >= _NUM_KEPT or memory.numel() >= SPARE_BYTES:
                 self._free_kept()
         for peer, reason in broken:
             self._lose(peer, reason)
@@ -104,7 +124,7 @@ class GlooWire(Wire):
         try:
             while self._deliver(peer, self._next(peer)):
                 pass
-        except RuntimeError as error:
+        except Exception as error:  # or it would end unseen, and this rank wait for ever
             self._lose(peer, _reason(error))
 
     def _next(self, peer: int) -> Parcel:
@@ -137,6 +157,6 @@ def _wait(work: dist.Work | None, timeout: timedelta = _FOREVER) -> None:
     work.wait(timeout)
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """gloo's message without the place in its source, and its first sentence alone."""
     return re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0]

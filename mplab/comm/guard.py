@@ -10,6 +10,7 @@ one could not answer.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -86,6 +87,7 @@ class Guard:
         self.run = 0
         self.numbers: Counter[Any] = Counter()
         self._main = threading.get_ident()
+        self._process = os.getpid()
         self._lock = threading.RLock()
         self._news = Bell()
         self._boxes: dict[tuple[int, str], deque[Parcel]] = {}
@@ -99,6 +101,11 @@ class Guard:
         with self._lock:  # what comes at once is read once there is a wire to answer with
             self._wire = make_wire(rank, size, self._deliver, self._lose)
         self.peers = self._wire.peers
+
+    @property
+    def is_mine(self) -> bool:
+        """False in a fork of the process, which has its connections too, and must not talk over them."""
+        return os.getpid() == self._process
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 
@@ -127,7 +134,11 @@ class Guard:
         with self._lock:
             if self.failure is None:
                 self._tell(State("left", self.run, "has left the world"))
-        self._wire.close(timeout_s)
+        try:
+            self._wire.close(timeout_s)
+        except BaseException:  # Ctrl-C: no more waiting, but no thread may be left
+            self._wire.close(0.0)
+            raise
 
     # -- mail ---------------------------------------------------------------------------------------------------------
 
@@ -217,6 +228,8 @@ class Guard:
                 self._received[peer] += 1
             elif kind == "state":
                 self._states[peer] = state = State(*words)
+                if state.status == "left":  # a send to it may have failed before this was read
+                    self._lost.pop(peer, None)
                 is_asked = state.status == "waits" and self.rank in state.missing and self._told.status == "runs"
                 if is_asked and not self._has_told:
                     # Asked under the lock: this rank cannot begin to wait, and say so, before this is sent.
@@ -249,6 +262,8 @@ class Guard:
 
     def fail(self, error: BaseException) -> None:
         """Tell all others why this rank fails, if none has failed before."""
+        if not self.is_mine:
+            return
         with self._lock:
             if self.failure is None:
                 rank = error.rank if isinstance(error, PeerFailure) and error.rank is not None else self.rank
@@ -269,15 +284,17 @@ class Guard:
         if self._lost and waited_s > LISTEN_S:  # by then those who know better have said so
             rank, reason = next(iter(self._lost.items()))
             self._raise(PeerFailure(f"rank {rank}'s process is gone or cannot be reached any more ({reason})", rank))
-        if self._told.status == "finished":
+        has_finished = self._told.status == "finished"
+        if has_finished:
             self._tell(self._told._replace(sent=tuple(self._sent), received=tuple(self._received)))
-            return None
         text = f"waits for rank {', '.join(map(str, missing))} in {doing} of group {list(group)} at {self._line()}"
         state = State("waits", self.run, text, tuple(missing), tuple(self._sent), tuple(self._received))
-        gone = [r for r in missing if self._status(r) in ("finished", "left")]
+        gone = [r for r in missing if self._status(r) in (("left",) if has_finished else ("finished", "left"))]
         if gone:
             how = "finished" if self._status(gone[0]) == "finished" else "left the world"
             self._raise(Deadlock(f"rank {self.rank} waits for rank {gone[0]}, which has {how}\n{self._table(state)}"))
+        if has_finished:  # the others may take as long as they like
+            return None
         if waited_s > TELL_AFTER_S:
             self._tell(state)
             if self._is_stuck(state):

@@ -27,6 +27,8 @@ _NOT_THE_USERS = tuple(
     os.path.dirname(os.path.abspath(path)) + os.sep for path in (os.path.dirname(__file__), torch.__file__)
 )
 _STOP = (None, None, None, 0)
+OVER = MplabError("its run is over; call it inside World.run, and what outlives a run after connect(rank.comm)")
+"""What a hub fails with in the end, when all is well: nobody would come to a meeting any more."""
 
 
 class Channel:
@@ -238,21 +240,34 @@ class Hub:
             self.failure, self.failed_rank = error, rank
             if rank is not None and (wait := self.waits[rank]) is not None:
                 self.failed_at = str(wait.what)
+            self.wake()
+            return True
+
+    def wake(self) -> None:
+        """Wake all ranks that wait, because the world has failed: again, if whoever did it may have been stopped."""
+        with self.lock:
             for channel in self._channels.values():
                 channel.stop()
             for blocked, wait in enumerate(self.waits):
-                if wait is not None and isinstance(wait.place, Meeting) and not wait.place.is_complete:
+                is_meeting = wait is not None and isinstance(wait.place, Meeting) and not wait.place.is_complete
+                if is_meeting and self._wake[blocked].locked():
                     self._wake[blocked].release()
-            return True
 
     def stop(self, rank: int, what: object) -> NoReturn:
         """Raise in `rank` because the world has failed: the failure itself where it is its own, else `PeerFailure`."""
         assert self.failure is not None
+        if self.failure is OVER:
+            raise MplabError(f"rank {rank} can't do {what}: {OVER}")
         if self.failed_rank == rank and isinstance(self.failure, CommError):
             raise self.failure
         who = "the run was stopped from outside" if self.failed_rank is None else f"rank {self.failed_rank} failed"
         said = "".join(traceback.format_exception_only(self.failure)).strip()
         raise PeerFailure(f"rank {rank} stopped in {what}: {who} with {said}", self.failed_rank)
+
+    def leave(self, rank: int) -> None:
+        """A rank's thread is about to end; its number may soon be another's."""
+        with self.lock:
+            self.threads[rank] = None
 
     # -- who waits where ----------------------------------------------------------------------------------------------
 

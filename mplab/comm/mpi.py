@@ -115,7 +115,7 @@ class MpiWire(Wire):
                     os.sched_yield()
                 elif self._woken.wait(sleep_s):
                     last_s = time.monotonic()
-        except RuntimeError as error:  # MPI's; most libraries rather end all processes
+        except Exception as error:  # MPI's, above all; most libraries rather end all processes
             for peer in self._talking:
                 self._lose(peer, str(error))
 
@@ -135,14 +135,19 @@ class MpiWire(Wire):
         return True
 
     def _receive(self) -> bool:
-        """Deliver what is complete, in the order in which it came; True if there is any."""
-        is_any = False
-        while self._coming and self._is_done([self._coming[0].request]):
-            _, peer, memory, came_ns = self._coming.popleft()
-            if not self._deliver(peer, opened(memory, came_ns)):
+        """Deliver what is complete, each peer's in the order in which it came; True if there is any."""
+        rest: deque[_Coming] = deque()
+        late: set[int] = set()  # peers whose next parcel is not complete, which holds up nobody else's
+        num_coming = len(self._coming)
+        while self._coming:
+            request, peer, memory, came_ns = coming = self._coming.popleft()
+            if peer in late or not self._is_done([request]):
+                late.add(peer)
+                rest.append(coming)
+            elif not self._deliver(peer, opened(memory, came_ns)):
                 self._talking.discard(peer)
-            is_any = True
-        return is_any
+        self._coming = rest
+        return len(rest) < num_coming
 
     def _release(self) -> bool:
         """Free what has been sent; True if there is any."""

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -147,7 +148,7 @@ def _server(rank: int, size: int, port: int, timeout_s: float) -> Any:
             raise MplabError(f"rank {rank} could not reach {where} within {timeout_s:g} s: {trouble}")
         time.sleep(LOOK_EVERY_S)
     # If a stranger listens there, and says nothing, this never ends.
-    opened = _Work(lambda: TCPStore(host, port, size, is_mine, timedelta(seconds=timeout_s), wait_for_workers=False))
+    opened = _Work(lambda: _my_store(host, port) if is_mine else _store(host, port, False, timeout_s))
     if not opened.ends_within(ANSWER_TIMEOUT_S):
         raise MplabError(
             f"rank {rank} reached {where}, and nobody there has answered within {ANSWER_TIMEOUT_S:g} s: another "
@@ -157,6 +158,16 @@ def _server(rank: int, size: int, port: int, timeout_s: float) -> Any:
         return opened.result()
     except RuntimeError as error:
         raise MplabError(f"rank {rank} could not {'open' if is_mine else 'reach'} {where}: {error}") from error
+
+
+def _store(host: str, port: int, is_mine: bool, timeout_s: float) -> Any:
+    return TCPStore(host, port, None, is_mine, timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+@cache
+def _my_store(host: str, port: int) -> Any:
+    """Rank 0's, which outlives its worlds as torchrun's does: others may look for the next one before the last ends."""
+    return _store(host, port, True, JOIN_TIMEOUT_S)
 
 
 def _trouble(host: str, port: int) -> str:

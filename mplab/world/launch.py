@@ -151,15 +151,17 @@ class ProcessWorld:
 
     def close(self) -> None:
         """Leave: wait a moment for the others to do so, and disconnect. Done at exit if nobody does it before."""
-        if self._is_open:
+        if self._is_open and self._guard.is_mine:
             self._is_open = False
             atexit.unregister(self.close)
             has_failed = self._guard.failure is not None
-            self._guard.leave(LEAVE_AFTER_FAILURE_S if has_failed else LEAVE_TIMEOUT_S)
-            if self._mpi is None:
-                dist.destroy_process_group()
-            else:
-                join_mpi.leave(has_failed)
+            try:
+                self._guard.leave(LEAVE_AFTER_FAILURE_S if has_failed else LEAVE_TIMEOUT_S)
+            finally:
+                if self._mpi is None:
+                    dist.destroy_process_group()
+                else:
+                    join_mpi.leave(has_failed)
 
     def __enter__(self) -> ProcessWorld:
         return self

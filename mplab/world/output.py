@@ -25,6 +25,7 @@ class RankOutput:
 
     def __init__(self, num_ranks: int) -> None:
         self._stdout: Any = sys.stdout
+        self._process = os.getpid()  # in a fork of it nobody would show what was collected
         self._rank_of: dict[int, int] = {}
         self._pending = [""] * num_ranks
         self._lock = threading.Lock()
@@ -39,7 +40,7 @@ class RankOutput:
         self._rank_of.pop(threading.get_ident(), None)
 
     def write(self, text: str) -> int:
-        rank = self._rank_of.get(threading.get_ident())
+        rank = self._rank()
         if rank is None:
             self._stdout.write(text)
         else:
@@ -52,8 +53,12 @@ class RankOutput:
             self.write(line)
 
     def flush(self) -> None:
-        if threading.get_ident() not in self._rank_of:
+        if self._rank() is None:
             self._stdout.flush()
+
+    def _rank(self) -> int | None:
+        """Whose output the calling thread's is."""
+        return self._rank_of.get(threading.get_ident()) if os.getpid() == self._process else None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stdout, name)

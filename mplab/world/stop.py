@@ -25,41 +25,46 @@ class _Stopped(PeerFailure):
         super().__init__("stopped while it computed, because the run has failed")
 
 
+_quiet_lock = threading.Lock()  # several worlds may fail at once
+_num_quiet, _hook = 0, sys.unraisablehook
+
+
 @contextmanager
 def _losing_quietly() -> Iterator[None]:
-    """Where Python frees objects it loses an exception, and says so; nobody need read of a stop, for another comes.
-
-    Nor of one that a thread met before its rank began, or after it had ended.
-    """
-    before, of_threads = sys.unraisablehook, threading.excepthook
-
-    def hook(lost: sys.UnraisableHookArgs) -> None:
-        if lost.exc_type is not _Stopped:
-            before(lost)
-
-    def hook_of_threads(ended: threading.ExceptHookArgs) -> None:
-        if ended.exc_type is not _Stopped:
-            of_threads(ended)
-
-    sys.unraisablehook, threading.excepthook = hook, hook_of_threads
+    """Where Python frees objects it loses an exception, and says so; nobody need read of a stop, for another comes."""
+    global _num_quiet, _hook
+    with _quiet_lock:
+        if _num_quiet == 0:
+            _hook, sys.unraisablehook = sys.unraisablehook, _lose
+        _num_quiet += 1
     try:
         yield
     finally:
-        sys.unraisablehook, threading.excepthook = before, of_threads
+        with _quiet_lock:
+            _num_quiet -= 1
+            if _num_quiet == 0:
+                sys.unraisablehook = _hook
+
+
+def _lose(lost: sys.UnraisableHookArgs) -> None:
+    if lost.exc_type is not _Stopped:
+        _hook(lost)
 
 
 @_losing_quietly()
 def stop(threads: list[threading.Thread], hub: Hub) -> None:
     """Let stopped ranks leave: those that wait are awake, those that compute get an exception at their next line."""
     _join(threads, 0.02)
+    hub.wake()  # who failed it may have been stopped before all were awake
     now = time.monotonic()
     end, last = now + GRACE_S, now + IMPORT_S
     while (alive := [t for t in threads if t.is_alive()]) and (now := time.monotonic()) < end:
         importing = [t for t in alive if _imports(t)]
-        for thread in alive:
-            if thread not in importing:
-                error = ctypes.py_object(_Stopped)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), error)
+        for rank, thread in enumerate(threads):
+            if thread in alive and thread not in importing:
+                with hub.lock:  # it does not end meanwhile, and no other thread begins under its number
+                    ident = hub.threads[rank] or 0
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(_Stopped))
         if importing:
             end = min(now + GRACE_S, last)
         _join(alive, min(0.02 if importing else 0.3, end - now))  # and once more for those that caught it

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mplab.comm.hub import Hub
+from mplab.comm.hub import OVER, Hub
 from mplab.comm.ledger import Ledger
 from mplab.comm.threads import ThreadCommunicator
 from mplab.errors import MplabError, PeerFailure
@@ -179,8 +179,11 @@ class World:
             def main(rank: Rank) -> None:
                 # Told to stop just as it ends, a rank has nothing left to stop; starting late, it has nothing to do.
                 with suppress(PeerFailure):
-                    if hub.failure is None:
-                        work(rank)
+                    try:
+                        if hub.failure is None:
+                            work(rank)
+                    finally:
+                        hub.leave(rank.index)
 
             def work(rank: Rank) -> None:
                 r = rank.index
@@ -223,6 +226,7 @@ class World:
                     torch.set_num_threads(num_threads)
         if hub.failure is not None:
             raise _explained(hub, ranks)
+        hub.fail(OVER, None)
         return results
 
     def _rank(self, index: int, hub: Hub) -> Rank:
