@@ -99,6 +99,16 @@ def test_a_linear_layer(bias: bool, shape: tuple[int, ...]) -> None:
     assert assert_equal_gradients(linear(bias=bias), numbers(*shape, requires_grad=True)) == 1
 
 
+@pytest.mark.parametrize("make", [linear, lambda: conv1d()], ids=["linear", "conv1d"])
+def test_complex_numbers(make: Callable[[], nn.Module]) -> None:
+    """The gradient of a weight has the conjugate of the input."""
+    module = make()
+    for name, p in list(module.named_parameters()):
+        setattr(module, name, nn.Parameter(p.detach() * (1 + 0.5j)))
+    x = torch.complex(numbers(4, 3), numbers(4, 3, seed=1)).requires_grad_()
+    assert assert_equal_gradients(module, x) == 1
+
+
 @pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])
 def test_a_linear_layer_of_gpt_2(shape: tuple[int, ...]) -> None:
     assert assert_equal_gradients(conv1d(), numbers(*shape, requires_grad=True)) == 1

@@ -316,6 +316,18 @@ def test_to_the_bit_on_the_same_plan(tmp_path: Path) -> None:
         alike(trained.full_state_dict(), without.full_state_dict())
 
 
+@pytest.mark.parametrize("plan", [Plan(2), Plan(2, zero=1), Plan(2, zero=3), Plan(2, 2)], ids=str)
+def test_buffers_of_replicas_are_all_those_of_the_first(plan: Plan, tmp_path: Path) -> None:
+    """Each has seen samples of its own: a mean of one beside a variance of another would be of nobody."""
+    trained = lay_out(plan, sequential(partial(nn.BatchNorm1d, LENGTH), nn.Tanh))
+    trained.step(batches()[0])
+    whole = trained.full_state_dict()
+    assert float((whole["1.running_var"] - 1).abs().max()) > 0
+    trained.save(tmp_path)
+    merged = merge(tmp_path, tmp_path / "whole.safetensors")
+    alike({name: merged[name] for name in whole}, whole)
+
+
 def test_saved_again_and_again(saved: Callable[..., Path], tmp_path: Path) -> None:
     """A step, a checkpoint, another plan, and so on; each goes on from the newest, and an old one can be chosen."""
     losses, _ = serial("gpt", "adamw")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from mplab import Mesh, Plan, World
 from mplab.comm.ledger import Message
 from mplab.errors import MplabError, NonFiniteGradient
 from mplab.models import GPT
-from mplab.parallel import HybridParallel, Serial, parallelize
+from mplab.parallel import DataParallel, HybridParallel, Serial, TensorParallel, parallelize
 from mplab.plan.data import data_parallel_traffic, sharded_traffic, total_traffic
 from mplab.plan.schedule import build
 from mplab.plan.tensor import Block, tensor_parallel_traffic
@@ -229,6 +229,16 @@ NO_TRAINING: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": torch.optim.SGD([torch.zeros(1)])},
         "optimizer is a SGD: each rank makes its own",
     ),
+    "a layer without a shape": ({"model": nn.Sequential(nn.LazyLinear(3), nn.Tanh())}, "0.weight has no shape yet"),
+    "weights that the forward changes": (
+        {"model": nn.Sequential(nn.Embedding(4, 2, max_norm=0.5), nn.Linear(2, 4))},
+        r"0 is an Embedding with max_norm=0.5: it changes .*; leave it out",
+    ),
+    "gradients by frequency": (
+        {"model": nn.EmbeddingBag(4, 2, scale_grad_by_freq=True)},
+        "the model is an EmbeddingBag with scale_grad_by_freq=True: it divides",
+    ),
+    "sparse gradients": ({"model": nn.Sequential(nn.Embedding(4, 2, sparse=True))}, "sparse=True: its gradients are"),
     "a norm of nothing": ({"max_norm": 0}, "max_norm 0: must be a number above 0"),
 }
 
@@ -241,6 +251,17 @@ def test_what_nobody_can_train_with_is_refused(name: str) -> None:
         parallelize(world=NoWorld(2, "cpu"), **options)
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_parameter_that_is_trained_later_on_is_refused(zero: int) -> None:
+    trained = parallelize(frozen_gpt(), World(2, "cpu"), Plan(2, zero=zero), optimizer=OPTIMIZERS["sgd"])
+    trained.step(batches()[0])
+    for engine in trained.engines.values():
+        for stage in engine.stages.values():
+            stage.requires_grad_(True)
+    with pytest.raises(MplabError, match="a parameter that was frozen is trained now"):
+        trained.step(batches()[1])
+
+
 def test_a_rank_refuses_what_does_not_fit_too() -> None:
     def work(rank: Rank) -> None:
         with pytest.raises(MplabError, match=r"does not fit:\n  4 x 1 x 1 = 4 ranks .*\n  sequence_parallel with"):
@@ -250,6 +271,68 @@ def test_a_rank_refuses_what_does_not_fit_too() -> None:
         assert not rank.comm.ledger.messages
 
     World(2, "cpu").run(work)
+
+
+# --- what else may be given ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [Plan(2), Plan(1, 2)], ids=str)
+def test_batches_may_come_from_an_iterator(plan: Plan) -> None:
+    """Every rank gets all of them."""
+    trained = parallelize(gpt(), World(2, "cpu"), plan, optimizer=OPTIMIZERS["sgd"])
+    losses = trained.steps(iter(batches()))
+    model = copy.deepcopy(gpt())
+    engine = Serial(model, OPTIMIZERS["sgd"](model.parameters()))
+    assert losses == pytest.approx([engine.step(batch) for batch in batches()], abs=TOLERANCE)
+    assert_same(trained.full_state_dict(), model.state_dict(), TOLERANCE)
+
+
+def in_two_groups(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Reads them twice, as whoever spares biases and norms the decay."""
+    matrices, vectors = ([p for p in parameters if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=0.01)
+
+
+@pytest.mark.parametrize("kind", [DataParallel, TensorParallel, HybridParallel])
+def test_an_optimizer_may_read_its_parameters_twice(kind: Any) -> None:
+    def work(rank: Rank) -> dict[str, Tensor]:
+        options = {"plan": Plan(2)} if kind is HybridParallel else {}
+        engine = kind(gpt(False), rank.comm, optimizer=in_two_groups, **options)
+        for batch in batches():
+            engine.step(batch)
+        return dict(engine.state_dict() if kind is DataParallel else engine.full_state_dict())
+
+    model = copy.deepcopy(gpt(False))
+    engine = Serial(model, in_two_groups(list(model.parameters())))
+    for batch in batches():
+        engine.step(batch)
+    for state in World(2, "cpu").run(work):
+        assert_same(state, model.state_dict(), TOLERANCE)
+
+
+COMPLEX_PLANS = [Plan(2, zero=zero) for zero in range(4)] + [Plan(1, 2, schedule="zero_bubble", num_microbatches=2)]
+
+
+@pytest.mark.parametrize("plan", COMPLEX_PLANS, ids=str)
+def test_complex_weights_are_trained_and_clipped(plan: Plan) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3, device="meta", dtype=torch.complex128) for _ in range(4)))
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.complex128)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(draw(p.shape))
+    pairs = [(draw(4, 3), draw(4, 3)) for _ in range(3)]
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().square().mean()
+
+    sgd = partial(torch.optim.SGD, lr=0.05)
+    trained = parallelize(model, World(2, "cpu"), plan, loss, sgd, max_norm=0.5)
+    losses = trained.steps(pairs)
+    engine = Serial(model, sgd(model.parameters()), loss, max_norm=0.5)
+    assert losses == pytest.approx([engine.step(pair) for pair in pairs], abs=TOLERANCE)
+    assert_same(trained.full_state_dict(), model.state_dict(), TOLERANCE)
 
 
 # --- what ranks were given differently -------------------------------------------------------------------------------

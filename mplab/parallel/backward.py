@@ -46,7 +46,7 @@ class PutOff:
         while self._waiting:
             weight, bias, is_transposed, x, grad = self._waiting.pop()
             x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-            left, right = (x, grad) if is_transposed else (grad, x)
+            left, right = (x.conj(), grad) if is_transposed else (grad, x.conj())
             if weight.requires_grad:
                 if weight.grad is None:
                     weight.grad = left.T @ right

@@ -48,10 +48,12 @@ def save(engine: HybridParallel, root: str | Path, position: Mapping[str, Any] |
     if comm.rank == 0:
         files.begin(folder, step)
     comm.barrier()
-    num_owners, me = engine.axes.dp.size * engine.axes.tp.size, engine.axes.dp.rank * engine.axes.tp.size
+    num_replicas, num_parts, me = engine.axes.dp.size, engine.axes.tp.size, engine.axes.dp.rank * engine.axes.tp.size
     mine = {}
     for i, (name, tensor) in enumerate(_whole(engine)):
-        if i % num_owners == me + engine.axes.tp.rank:
+        # Replicas have buffers of their own, of what each has seen: those of the first are kept, all from one.
+        is_buffer = name.removeprefix(WEIGHTS) in engine.buffers
+        if i % (num_parts if is_buffer else num_replicas * num_parts) == me + engine.axes.tp.rank:
             mine[name] = tensor
     shards = exchange(files.write_shard(files.writing(folder, step), comm.rank, mine), comm)
     optimizers = exchange(settings_of(engine.optimizer), comm)

@@ -29,6 +29,7 @@ from mplab.parallel.shares import (
     autocasting,
     broadcast_state,
     check_count,
+    check_frozen,
     check_same_rank,
     check_training,
     described,
@@ -98,7 +99,7 @@ class DataParallel:
         broadcast_state(self.model, comm)
         self._reducer = Reducer(names, bucket_bytes, overlap)
         self.buckets = self._reducer.buckets
-        self.optimizer = optimizer(self.model.parameters())
+        self.optimizer = optimizer(list(self.model.parameters()))
         self.num_steps = 0
         self._trained, self._is_syncing, self._is_reduced = list(names), True, False
         self._frozen = [p for p in self.model.parameters() if not p.requires_grad]
@@ -208,11 +209,7 @@ class DataParallel:
             self._close(loss.detach().double(), 0)
 
     def _backward(self, loss: Tensor | None, microbatch: int | None) -> None:
-        if any(p.requires_grad for p in self._frozen):
-            raise MplabError(
-                "a parameter that was frozen is trained now, and nobody would add up its gradients: set requires_grad "
-                "before DataParallel is made"
-            )
+        check_frozen(self._frozen)
         with self._reducing():
             if loss is not None and loss.requires_grad:  # else no trained parameter had a part in it
                 with self.comm.trace.span("backward", microbatch):

@@ -24,7 +24,7 @@ from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.replicas import Replicas
 from mplab.parallel.serial import LossFunction, check_batch
 from mplab.parallel.sharded_replicas import ShardedReplicas
-from mplab.parallel.shares import broadcast_state, check_same_rank, check_training, described
+from mplab.parallel.shares import broadcast_state, check_same_rank, check_training, described, squared_norm
 from mplab.parallel.tensor import has_cut_logits, parallel_loss
 from mplab.parallel.tensor_model import connect, tensor_parallel
 from mplab.parallel.tensor_plan import tensor_plan as known_plan
@@ -92,7 +92,7 @@ class HybridParallel:
         self.plan, self.loss_fn, self.max_norm, self.num_steps = plan, loss_fn, max_norm, 0
         first_names = {p: name for name, p in model.named_parameters()}
         self._shapes = {key: value.shape for key, value in model.state_dict().items()}
-        self._buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        self.buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.names = set(self._shapes)
         self.tied = {name: first_names[p] for name, p in model.named_parameters(remove_duplicate=False)}
         self.comm, self.axes = comm, Mesh(plan.dp, plan.pp, plan.tp).connect(comm)
@@ -187,7 +187,7 @@ class HybridParallel:
         if self._sharded is not None:
             return self._sharded.full_state_dict()
         whole, dp = self._collect(full_state_dict), self.axes.dp
-        return {key: dp.broadcast(x) if key in self._buffers else x for key, x in whole.items()}
+        return {key: dp.broadcast(x) if key in self.buffers else x for key, x in whole.items()}
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The gradients of the last step as the whole model has them, by name, on every rank; after clipping.
@@ -338,7 +338,7 @@ class HybridParallel:
         """As `nn.utils.clip_grad_norm_`, of a gradient that lies on all ranks, some of it on several."""
         squares = torch.zeros(1, dtype=torch.float64, device=self.comm.device)
         for p, grad in self.replicas.gradients():
-            squares += self._share_of[p] * torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+            squares += self._share_of[p] * squared_norm(grad)
         scale = max_norm / (float(self.comm.all_reduce_(squares).sqrt()) + 1e-6)
         if scale < 1:
             for _, grad in self.replicas.gradients():

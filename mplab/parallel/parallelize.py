@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,7 +91,7 @@ class Parallelized:
         """
         return self.steps([batch])[0]
 
-    def steps(self, batches: Sequence[Batch]) -> list[float]:
+    def steps(self, batches: Iterable[Batch]) -> list[float]:
         """Several updates in one run of the world.
 
         Args:
@@ -100,7 +100,8 @@ class Parallelized:
         Returns:
             Their losses.
         """
-        return self._run(lambda engine: [engine.step(batch) for batch in batches])
+        given = list(batches)  # ranks are threads: from an iterator each would take what the others then lack
+        return self._run(lambda engine: [engine.step(batch) for batch in given])
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The whole model's ordinary `state_dict`; the optimizer's state is not in it."""

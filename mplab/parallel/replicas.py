@@ -13,7 +13,7 @@ from mplab.parallel.cut import Cut
 from mplab.parallel.data import BUCKET_BYTES
 from mplab.parallel.flat import Flat
 from mplab.parallel.pipeline import OptimizerFactory
-from mplab.parallel.shares import start_close
+from mplab.parallel.shares import check_frozen, start_close
 from mplab.parallel.whole_state import Slice, slices_of
 
 
@@ -37,6 +37,7 @@ class Replicas:
         self.comm = comm
         trained = {name: p for name, p in named.items() if p.requires_grad}
         self._trained, self._names = list(trained.values()), {p: name for name, p in trained.items()}
+        self._frozen = [p for p in named.values() if not p.requires_grad]
         self._flats: list[Flat] = []
         if is_sharded:
             for dtype in dict.fromkeys(p.dtype for p in self._trained):
@@ -67,10 +68,12 @@ class Replicas:
 
         Raises:
             NonFiniteGradient: a gradient of this rank has a NaN or an Inf.
+            MplabError: a parameter is trained that was frozen at the start.
 
         **Communication**: one all_reduce_coalesced_ a bucket, or if sharded one reduce_scatter a dtype; one all_reduce_
         of 2 + (trained parameters) float64.
         """
+        check_frozen(self._frozen)
         if self._flats:
             chunks = []
             for flat in self._flats:

@@ -32,6 +32,7 @@ from mplab.parallel.shares import (
     check_training,
     close_step,
     described,
+    squared_norm,
     total_samples,
 )
 
@@ -225,8 +226,7 @@ class ShardedDataParallel:
     def _squares(self) -> Tensor:
         """The squared norm of the gradient, one element."""
         chunks = [flat.gradient for flat in self._trained if flat.gradient is not None]
-        norms = torch.stack([torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in chunks])
-        return self.comm.all_reduce_(norms.square().sum().reshape(1))
+        return self.comm.all_reduce_(torch.stack([squared_norm(chunk) for chunk in chunks]).sum().reshape(1))
 
 
 def _refuse_call(model: nn.Module, inputs: object) -> None:

@@ -12,6 +12,7 @@ from mplab.parallel.cut import cuts_by_name, cuts_of
 from mplab.parallel.pipeline import OptimizerFactory
 from mplab.parallel.serial import LossFunction
 from mplab.parallel.sharded import ShardedDataParallel
+from mplab.parallel.shares import squared_norm
 from mplab.parallel.tensor_model import connect
 from mplab.parallel.tensor_state import merge, partial_parameters, split, sum_in_place
 from mplab.parallel.whole_state import Slice, slices_of
@@ -94,7 +95,7 @@ class ShardedReplicas(ShardedDataParallel):
         squares = torch.zeros(1, dtype=torch.float64, device=self.comm.device)
         for p, grad in self._owned():
             share = 1 if p in self._cuts else 1 / self._tp.size  # all ranks of the tensor axis have the whole of it
-            squares += share * torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+            squares += share * squared_norm(grad)
         return self._tp.all_reduce_(self.comm.all_reduce_(squares))
 
     def _owned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -4,17 +4,24 @@ message that closes a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mplab.comm.communicator import Communicator
 from mplab.datasets import Batch
 from mplab.errors import MplabError
 from mplab.parallel.serial import check_batch
+
+_OF_EMBEDDINGS = {
+    "max_norm": "it changes the weights of the tokens that it sees, and each rank sees others",
+    "scale_grad_by_freq": "it divides by how often it sees a token, and each rank sees others",
+    "sparse": "its gradients are sparse, and ranks add up dense ones",
+}
 
 
 def check_training(
@@ -35,8 +42,16 @@ def check_training(
     if not any(p.requires_grad for p in model.parameters()):
         raise MplabError("no parameter of this model is trained: set requires_grad of some to True")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise MplabError(f"{name} has no shape yet: call the model once before it is laid out over ranks")
         if tensor.is_meta:
             raise MplabError(f"{name} is on the meta device and has no values: build the model on a real device")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            for option, why in _OF_EMBEDDINGS.items():
+                if (value := getattr(module, option)) not in (None, False):
+                    said = f"{name or 'the model'} is an {type(module).__name__} with {option}={value}"
+                    raise MplabError(f"{said}: {why}; leave it out")
     if not callable(loss_fn):
         raise MplabError(f"loss_fn is a {type(loss_fn).__name__}: give a function of outputs and targets")
     if not callable(optimizer):
@@ -96,6 +111,26 @@ def total_samples(mine: Batch, comm: Communicator) -> int:
     if not total:
         raise MplabError(f"none of the {comm.size} ranks has a sample: a step needs one or more")
     return total
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """The sum of the squares of a tensor's numbers, in float64, whose shares of several ranks add up."""
+    numbers = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    norm: Tensor = torch.linalg.vector_norm(numbers, dtype=torch.float64)
+    return norm.square()
+
+
+def check_frozen(frozen: Iterable[nn.Parameter]) -> None:
+    """Refuse to go on where a parameter that was frozen at the start is trained.
+
+    Raises:
+        MplabError: what to do.
+    """
+    if any(p.requires_grad for p in frozen):
+        raise MplabError(
+            "a parameter that was frozen is trained now, and nobody would add up its gradients: set requires_grad "
+            "before training is set up"
+        )
 
 
 def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

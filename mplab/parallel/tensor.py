@@ -81,7 +81,7 @@ class TensorParallel:
         self._names = {p: name for name, p in self.model.named_parameters()}
         self._parameters = sorted(self._names, key=lambda p: p not in self._cuts)  # those that are cut first
         self._has_cut_logits = has_cut_logits(model, tensor_plan(model) if plan is None else plan, loss_fn)
-        self.optimizer = optimizer(self.model.parameters())
+        self.optimizer = optimizer(list(self.model.parameters()))
         self.num_steps = 0
 
     def connect(self, comm: Communicator) -> None:
