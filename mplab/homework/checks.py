@@ -10,7 +10,7 @@ from torch import Tensor
 from mplab.comm.communicator import Communicator
 from mplab.homework import looks
 from mplab.homework.exam import Solution, Trial, attempt
-from mplab.homework.limited import until_hopeless
+from mplab.homework.limited import OWN, borrowed, until_hopeless
 from mplab.homework.report import Complaint, Report, check_all
 
 NUM_RANKS = (1, 2, 3, 4, 5)
@@ -166,6 +166,7 @@ def _grade(
     countable = finished if messages.outcome == "passed" else []  # too few messages have few hops, which is no merit
     lines = [
         check_all("only send and recv are used", trials, looks.others),
+        check_all(OWN, trials, borrowed),
         check_all("every rank finishes", honest, looks.error, tried),
         result,
         check_all("the input is left alone", finished, looks.changed_input),

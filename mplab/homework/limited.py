@@ -29,6 +29,11 @@ LIBRARIES = (str(Path(__file__).parent.parent), *INSTALLED, "<frozen ")
 T = TypeVar("T")
 
 
+class _Lender(Protocol):
+    @property
+    def borrowed(self) -> tuple[str, ...]: ...
+
+
 class _Tried(Protocol):
     @property
     def error(self) -> BaseException | None: ...
@@ -195,7 +200,7 @@ def error(hint_where_slow: str) -> Callable[[Attempt], Complaint | None]:
     return look
 
 
-def borrowed(tried: Attempt) -> Complaint | None:
+def borrowed(tried: _Lender) -> Complaint | None:
     """A call of what the library has already."""
     hint = "write it yourself: what does the work for you has nothing to teach"
     return Complaint("lines of your own", f"a call of {', '.join(tried.borrowed)}", hint) if tried.borrowed else None
