@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -173,6 +174,80 @@ def test_a_learning_rate_outlives_a_time_without_weights() -> None:
     World(3, "cpu").run(work)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_rank_that_had_no_weights_takes_the_learning_rate_of_the_others(optimizer: str) -> None:
+    """Which has changed while the rank had no optimizer to change it in, at the start or for a time."""
+
+    def slower(of: torch.optim.Optimizer | None) -> None:
+        for group in of.param_groups if of is not None else ():
+            group["lr"] *= 0.5
+
+    data, model = pictures(), MLP((3, 5, 4, 2)).double()
+    serial = Serial(model, OPTIMIZERS[optimizer](model.parameters()))
+    losses = []
+    for batch in data:
+        losses.append(serial.step(batch))
+        slower(serial.optimizer)
+
+    def work(rank: Rank) -> None:
+        options = {"num_microbatches": 3, "optimizer": OPTIMIZERS[optimizer]}
+        pipe = PipelineParallel(MLP((3, 5, 4, 2)).double(), (1, 2), rank.comm, **options)
+        got = []
+        for batch, cuts in zip(data, ((1, 2), (2, 3), (1, 4), (3, 4), (1, 3)), strict=True):
+            pipe.move(cuts)
+            assert (pipe.optimizer is None) == (rank.index == 1 and cuts in ((1, 2), (3, 4)))
+            got.append(pipe.step(batch))
+            slower(pipe.optimizer)
+        assert got == pytest.approx(losses, abs=TOLERANCE)
+        torch.testing.assert_close(pipe.state_dict(), dict(model.state_dict()), rtol=0, atol=TOLERANCE)
+
+    World(3, "cpu").run(work)
+
+
+def test_a_rank_without_weights_takes_a_learning_rate_that_is_a_tensor() -> None:
+    def work(rank: Rank) -> None:
+        optimizer = partial(torch.optim.Adam, lr=torch.tensor(0.25), foreach=False)
+        pipe = PipelineParallel(MLP((3, 5, 4, 2)), (1, 2), rank.comm, optimizer=optimizer)
+        for group in pipe.optimizer.param_groups if pipe.optimizer is not None else ():
+            group["lr"] = group["lr"] * 0.5
+        pipe.move((2, 3))
+        assert pipe.optimizer is not None
+        assert pipe.optimizer.param_groups[0]["lr"] == 0.125
+
+    World(3, "cpu").run(work)
+
+
+class Remembering(torch.optim.SGD):
+    """Has a state of None, as long as nothing else is to be remembered."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] |= {"before": None, "steps": self.state[parameter].get("steps", 0) + 1}
+
+
+def test_a_state_of_none_moves() -> None:
+    """It was taken for a tensor that follows, and never came."""
+    trained = train_serially(chain(), DATA, partial(Remembering, lr=0.3, momentum=0.9))
+
+    def work(rank: Rank) -> None:
+        options = {"num_microbatches": 3, "optimizer": partial(Remembering, lr=0.3, momentum=0.9)}
+        pipe = PipelineParallel(chain(), (4,), rank.comm, **options)
+        losses = []
+        for batch, cut in zip(DATA, (4, 2, 7, 1, 5), strict=True):
+            pipe.move((cut,))
+            losses.append(pipe.step(batch))
+        assert_losses(losses, trained)
+        assert_weights(pipe, trained)
+        assert pipe.optimizer is not None
+        for state in pipe.optimizer.state.values():
+            assert set(state) == {"momentum_buffer", "before", "steps"}
+            assert (state["before"], state["steps"]) == (None, NUM_STEPS)
+
+    World(2, "cpu").run(work)
+
+
 # --- other models ----------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +324,45 @@ def test_buffers_move_too() -> None:
     World(2, "cpu").run(work)
 
 
+class Counting(nn.Linear):
+    """Its output depends on how many batches it has seen, which no `state_dict` tells."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("num_seen", torch.zeros(()), persistent=False)
+        self.register_buffer("seen", torch.zeros(0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_seen += 0.1
+        self.seen = torch.cat([self.seen, self.num_seen[None]])
+        return super().forward(x) * (1 + self.num_seen + self.seen.mean())
+
+
+def test_buffers_that_no_state_dict_has_stay_and_move_too() -> None:
+    """Where the layer stays on its rank as well: every stage is made anew."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(Counting(3, 5), nn.Tanh(), Counting(5, 5), nn.Tanh(), Counting(5, 2)).double()
+    reference, data = copy.deepcopy(model), pictures()
+    serial = Serial(reference, OPTIMIZERS["sgd"](reference.parameters()), cross_entropy, 3)
+    losses = [serial.step(batch) for batch in data]
+    want = dict(reference.named_buffers())
+    assert len(want["0.seen"]) == 3 * NUM_STEPS
+
+    def work(rank: Rank) -> None:
+        pipe = PipelineParallel(model, (3,), rank.comm, num_microbatches=3, optimizer=OPTIMIZERS["sgd"])
+        got = []
+        for batch, cut in zip(data, (3, 1, 2, 4, 3), strict=True):
+            pipe.move((cut,))
+            got.append(pipe.step(batch))
+        assert got == pytest.approx(losses, abs=TOLERANCE)
+        for stage in pipe.stages.values():
+            for name, buffer in stage.named_buffers():
+                torch.testing.assert_close(buffer, want[name], rtol=0, atol=0)
+
+    World(2, "cpu").run(work)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (3, 4), (0, 1, 2, 3, 4, 5, 6)])
 def test_frozen_layers_stay_frozen_where_they_go(frozen: tuple[int, ...]) -> None:
     trained = serial_chain("adamw", NUM_STEPS, frozen=frozen)
@@ -283,6 +397,7 @@ def test_only_layers_that_change_their_rank_are_sent() -> None:
     world.run(work, (4,))
     assert [len(ledger.of("send")) for ledger in world.ledgers] == [0, 0]
     world.run(work, (2,))
+    assert [len(ledger.of("all_gather")) for ledger in world.ledgers] == [1, 1]  # the cuts
     tensors = sum(2 * p.nbytes for i in (2, 3) for p in model[i].parameters())  # and the momentum of each
     sent = [sum(m.sent_bytes for m in ledger.of("send")) for ledger in world.ledgers]
     names = sent[0] - tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipelines import (
     folded,
     serial_chain,
     stages_a_rank,
+    train_serially,
 )
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -108,6 +109,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": nn.Sequential(*chain(), Attention(1, 1)), "recompute": True},
         "recompute=True, but 8 drops activations at random (p = 0.25)",
     ),
+    "dropout in a recurrent layer": (
+        {"model": nn.Sequential(*chain(), nn.LSTM(1, 1, 2, dropout=0.5)), "recompute": True},
+        "recompute=True, but 8 drops activations at random (p = 0.5)",
+    ),
+    "dropout in torch's attention": (
+        {"model": nn.Sequential(*chain(), nn.MultiheadAttention(2, 1, dropout=0.3)), "recompute": True},
+        "recompute=True, but 8 drops activations at random (p = 0.3)",
+    ),
+    "random slopes twice": (
+        {"model": nn.Sequential(*chain(), nn.RReLU(0.1, 0.3)), "recompute": True},
+        "recompute=True, but 8 draws its slopes at random (from 0.1 to 0.3), and would draw others the second time: "
+        "set its upper to its lower, or recompute=False",
+    ),
     "running means twice": (
         {"model": nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)), "cuts": (1,), "recompute": True},
         "recompute=True, but 1 keeps running means of its inputs, and would count each micro-batch twice",
@@ -130,8 +144,10 @@ def test_what_cannot_work_is_refused(name: str) -> None:
 def test_dropout_that_drops_nothing_may_be_recomputed() -> None:
     norm = nn.BatchNorm1d(3, affine=False).double().eval()
     norm.running_var -= norm.eps  # it changes nothing
-    model = nn.Sequential(*chain(), nn.Dropout(0.0), nn.Dropout(0.5).eval(), norm)
-    losses = run_steps(2, model, (4,), num_microbatches=3, recompute=True)
+    idle = nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.RReLU(0.5, 1.5).eval(), nn.RReLU(1.0, 1.0)
+    model = nn.Sequential(*chain(), *idle, norm)
+    with torch.random.fork_rng(devices=[]):  # slopes between 1 and 1 are drawn, too
+        losses = run_steps(2, model, (4,), num_microbatches=3, recompute=True)
     assert losses[1] == pytest.approx(serial_chain().losses)
 
 
@@ -267,6 +283,107 @@ def normalised() -> nn.Sequential:
 def numbers_to_classes() -> Batch:
     x = torch.randn(10, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return x, (x.sum(1) > 0).long()
+
+
+class Detached(nn.Module):
+    """Ends the graph of autograd, as a frozen encoder does: what is below it is not trained.
+
+    Args:
+        layer: what it runs.
+        way: "input" or "output" outside of the graph.
+    """
+
+    def __init__(self, layer: nn.Module, way: str) -> None:
+        super().__init__()
+        self.layer, self.way = layer, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "input":
+            return self.layer(x.detach())
+        with torch.no_grad():
+            return self.layer(x)
+
+
+def detached(where: int, way: str) -> nn.Sequential:
+    model = chain()
+    model[where] = Detached(model[where], way)
+    return model
+
+
+@pytest.mark.parametrize("way", ["input", "output"])
+@pytest.mark.parametrize("where", [1, 4, 6])
+@pytest.mark.parametrize("order", ALL_ORDERS)
+def test_below_a_layer_that_ends_the_graph_nothing_is_trained(order: str, where: int, way: str) -> None:
+    """Not even by weight decay and momentum, which a gradient of zeros would let in."""
+    model, num_ranks = detached(where, way), 4 // stages_a_rank(order)
+    trained = train_serially(detached(where, way), batches(), OPTIMIZERS["adamw"])
+    assert trained.gradients["0.weight"] is None
+    assert trained.gradients["7.weight"] is not None
+
+    def work(rank: Rank) -> None:
+        options = {"num_microbatches": 4, "optimizer": OPTIMIZERS["adamw"], "schedule": ALL_ORDERS[order]}
+        assert_trains_alike(rank.comm, model, trained, cuts_for(order, num_ranks), batches(), **options)
+        options["recompute"] = True
+        assert_trains_alike(rank.comm, model, trained, cuts_for(order, num_ranks), batches(), **options)
+
+    World(num_ranks, "cpu", rendezvous=True).run(work)
+
+
+def test_a_gradient_that_is_not_there_has_no_bytes() -> None:
+    """It is a message of its own nevertheless, or the rank before would wait for ever."""
+    m, activation_bytes = 4, 11 * 3 * 4 * 8
+
+    def work(rank: Rank) -> None:
+        pipe = PipelineParallel(detached(4, "input"), (2, 4, 6), rank.comm, "1f1b", m, optimizer=SGD)
+        rank.comm.ledger.messages.clear()
+        pipe.step(batches()[0])
+
+    world = World(4, "cpu")
+    world.run(work)
+    sends = [ledger.of("send") for ledger in world.ledgers]
+    assert [len(of_rank) for of_rank in sends] == [m, 2 * m, 2 * m, m]
+    sent = [sum(message.sent_bytes for message in of_rank) for of_rank in sends]
+    assert sent == [activation_bytes] * 4  # three send activations, and rank 3 the only gradient
+
+
+class Rule(nn.Module):
+    """A layer without weights."""
+
+    def __init__(self, rule: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rule(x)
+
+
+def no_reals(kind: str) -> nn.Sequential:
+    """Layer 1 gives no real numbers; where they have no gradient, layer 0 is never trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        after = {
+            "int": [Rule(lambda x: (3 * x.abs()).long() % 7), nn.Embedding(7, 2), nn.Flatten(), nn.Linear(10, 6)],
+            "bool": [Rule(lambda x: x > 0), Rule(lambda x: x.double()), nn.Linear(5, 6), nn.Tanh()],
+            "complex": [Rule(lambda x: torch.complex(x, x * x)), Rule(torch.abs), nn.Linear(5, 6), nn.Tanh()],
+        }
+        return nn.Sequential(nn.Linear(4, 5), *after[kind], nn.Linear(6, 2)).double()
+
+
+@pytest.mark.parametrize("kind", ["int", "bool", "complex"])
+@pytest.mark.parametrize("order", ALL_ORDERS)
+def test_a_cut_may_be_after_a_layer_whose_output_is_no_real_number(order: str, kind: str) -> None:
+    """Whole numbers have no gradient, and nobody is told one."""
+    data, num_ranks = (numbers_to_classes(),) * 2, 4 // stages_a_rank(order)
+    model, trained = no_reals(kind), train_serially(no_reals(kind), data, OPTIMIZERS["adamw"])
+    assert (trained.gradients["0.weight"] is None) == (kind != "complex")
+
+    def work(rank: Rank) -> None:
+        options = {"num_microbatches": 3, "optimizer": OPTIMIZERS["adamw"], "schedule": ALL_ORDERS[order]}
+        for cuts in ((1, 2, 3), (2, 3, 4)):
+            for recompute in (False, True):
+                assert_trains_alike(rank.comm, model, trained, cuts, data, recompute=recompute, **options)
+
+    World(num_ranks, "cpu", rendezvous=True).run(work)
 
 
 def test_a_pipeline_among_some_of_the_ranks() -> None:

@@ -2,6 +2,9 @@
 
 An output leaves as soon as it is computed. An input is waited for just before it is used, and asked for one action
 earlier, so that it may come while that one is computed.
+
+Where an input has no gradient (whole numbers, or a layer that ended the graph of autograd, as by `detach()`) an empty
+message says so. Zeros would not do: by decay and momentum an optimizer moves weights whose gradient is zero.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from mplab.comm.communicator import Communicator, Handle
 from mplab.parallel.backward import PutOff, SplitBackward
 from mplab.parallel.serial import LossFunction
 from mplab.plan.schedule import Action, Schedule
+
+NO_GRADIENT = torch.bool
+"""The dtype of the empty message in place of a gradient that isn't there; no gradient has it."""
 
 
 class Step(NamedTuple):
@@ -144,7 +150,9 @@ class Interpreter:
 
     def _forward(self, action: Action, given: Tensor | None) -> Tensor | None:
         stage, _, j = action
-        x = self.inputs[j] if given is None else given.requires_grad_()
+        x = self.inputs[j] if given is None else given
+        if given is not None and (given.is_floating_point() or given.is_complex()):
+            given.requires_grad_()
         with torch.set_grad_enabled(not self.recompute):
             held = self._output(action, x)
         assert held.y is not None
@@ -173,7 +181,8 @@ class Interpreter:
             held = self._output(action, held.x)
         x, y, put_off = held
         assert y is not None
-        if y.requires_grad:  # otherwise nothing from here to the input is trained
+        is_cut_off = grad is not None and grad.dtype == NO_GRADIENT
+        if y.requires_grad and not is_cut_off:  # otherwise nothing from here to the input is trained
             torch.autograd.backward(y, grad)
         if action.kind == "I":
             assert put_off is not None
@@ -182,7 +191,7 @@ class Interpreter:
             put_off.compute()
         if not stage:
             return None
-        return torch.zeros_like(x) if x.grad is None else x.grad
+        return torch.empty(0, dtype=NO_GRADIENT, device=x.device) if x.grad is None else x.grad
 
     def _weight_gradient(self, action: Action, given: Tensor | None) -> None:
         self._put_off.pop((action.stage, action.microbatch)).compute()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ class LayerState:
     """The state of one layer.
 
     Args:
-        tensors: its part of the model's `state_dict`.
+        tensors: its part of the model's `state_dict`, and its other buffers.
         optimizer: for each of its parameters what the optimizer remembers: momenta, the number of steps.
     """
 
@@ -27,16 +27,23 @@ class LayerState:
 
 
 def take_state(keys: Sequence[str], stages: Iterable[nn.Module], optimizer: torch.optim.Optimizer | None) -> LayerState:
-    """The state of the layer with these keys in the model's `state_dict`; its tensors are not copied."""
+    """The state of one layer; its tensors are not copied.
+
+    Args:
+        keys: its keys in the model's `state_dict`, and the names of its buffers, which are not all in there.
+        stages: those of the rank that has the layer.
+        optimizer: of the stages' parameters.
+    """
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, nn.Parameter] = {}
     for stage in stages:
-        tensors |= stage.state_dict()
+        tensors |= dict(stage.named_buffers(remove_duplicate=False)) | stage.state_dict()
         parameters |= dict(stage.named_parameters(remove_duplicate=False))
     remembered = {} if optimizer is None else optimizer.state
     named = {key: parameters[key] for key in keys if key in parameters}
     return LayerState(
-        {key: tensors[key] for key in keys}, {key: dict(remembered[p]) for key, p in named.items() if p in remembered}
+        {key: tensors[key] for key in keys if key in tensors},  # a buffer may have become None
+        {key: dict(remembered[p]) for key, p in named.items() if p in remembered},
     )
 
 
@@ -56,7 +63,11 @@ def put_states(
                 index_of[parameter] = len(index_of)
     by_index = {}
     for stage in stages:
-        stage.load_state_dict({key: tensors[key] for key in stage.state_dict()})
+        loaded = stage.state_dict()
+        stage.load_state_dict({key: tensors[key] for key in loaded})
+        for name, buffer in stage.named_buffers(remove_duplicate=False):
+            if name in tensors and name not in loaded:
+                buffer.data = tensors[name].clone()  # its shape may have changed
         for name, parameter in stage.named_parameters(remove_duplicate=False):
             if name in remembered and parameter in index_of:
                 by_index[index_of[parameter]] = remembered[name]
@@ -69,30 +80,26 @@ def send_state(comm: Communicator, state: LayerState, dst: int) -> None:
 
     **Communication**: a message of names, then one for each tensor.
     """
-    numbers = {
-        name: {key: None if isinstance(value, Tensor) else value for key, value in of_parameter.items()}
+    others = {
+        name: {key: value for key, value in of_parameter.items() if not isinstance(value, Tensor)}
         for name, of_parameter in state.optimizer.items()
     }
-    text = json.dumps([list(state.tensors), numbers]).encode()
+    tensor_keys = {
+        name: [key for key, value in of_parameter.items() if isinstance(value, Tensor)]
+        for name, of_parameter in state.optimizer.items()
+    }
+    text = json.dumps([list(state.tensors), tensor_keys, others]).encode()
     comm.send(torch.tensor(list(text), dtype=torch.uint8, device=comm.device), dst)
     for tensor in state.tensors.values():
         comm.send(tensor, dst)
-    for value in _tensors(state.optimizer):
-        comm.send(value.to(comm.device), dst)  # AdamW counts its steps on the CPU
+    for name, keys in tensor_keys.items():
+        for key in keys:
+            comm.send(state.optimizer[name][key].to(comm.device), dst)  # AdamW counts its steps on the CPU
 
 
 def receive_state(comm: Communicator, src: int) -> LayerState:
     """What `send_state` of rank `src` sent."""
-    keys, numbers = json.loads(bytes(comm.recv(src).tolist()))
-    tensors = {key: comm.recv(src) for key in keys}
-    optimizer = {
-        name: {key: comm.recv(src) if value is None else value for key, value in of_parameter.items()}
-        for name, of_parameter in numbers.items()
-    }
+    names, tensor_keys, others = json.loads(bytes(comm.recv(src).tolist()))
+    tensors = {name: comm.recv(src) for name in names}
+    optimizer = {name: {key: comm.recv(src) for key in keys} | others[name] for name, keys in tensor_keys.items()}
     return LayerState(tensors, optimizer)
-
-
-def _tensors(optimizer: Mapping[str, Mapping[str, Any]]) -> list[Tensor]:
-    return [
-        value for of_parameter in optimizer.values() for value in of_parameter.values() if isinstance(value, Tensor)
-    ]

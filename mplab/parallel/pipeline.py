@@ -19,7 +19,7 @@ from mplab.comm.communicator import Communicator
 from mplab.datasets import Batch
 from mplab.errors import MplabError
 from mplab.models import Stage, cross_entropy, layers, tied_names
-from mplab.parallel.agree import check_agreement
+from mplab.parallel.agree import check_agreement, exchange
 from mplab.parallel.backward import SplitBackward
 from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.layer_state import put_states, receive_state, send_state, take_state
@@ -100,7 +100,6 @@ class PipelineParallel:
             },
         )
         self._program = program(schedule, comm.rank)
-        self._options: list[dict[str, Any]] = []
         self._place()
         self._tied.broadcast()
 
@@ -143,8 +142,9 @@ class PipelineParallel:
     def move(self, cuts: Sequence[int]) -> None:
         """Cut elsewhere, between two steps: layers go to their new ranks with the state of their optimizer.
 
-        Stages and optimizer are new objects then. What was set on the old stages by hand, such as `eval()`, is as in
-        the model again.
+        Stages and optimizer are new objects then. The optimizer's options, such as a learning rate that was changed,
+        are kept; a rank that had no parameters takes those of the first rank that had. What was set on the old stages
+        by hand, such as `eval()`, is as in the model again.
 
         Args:
             cuts: as at the start; the same on every rank.
@@ -153,7 +153,7 @@ class PipelineParallel:
             MplabError: cuts that don't fit the model, or that differ between ranks; nothing has moved then.
 
         **Communication**: the cuts (all_gather); for each layer that changes its rank a message of names, and all of
-        its state, in one message a tensor.
+        its state, in one message a tensor; where a rank gets its first parameters, the options (all_gather).
         """
         cuts = self._check_cuts(cuts)
         check_agreement(self.comm, {"cuts": cuts})
@@ -161,7 +161,9 @@ class PipelineParallel:
             return
         me, before, of_stages = self.comm.rank, self._ranks(), list(self.stages.values())
         states = {
-            i: take_state(self._keys[i], of_stages, self.optimizer) for i, rank in enumerate(before) if rank == me
+            i: take_state([*self._keys[i], *dict(self._layers[i].named_buffers())], of_stages, self.optimizer)
+            for i, rank in enumerate(before)
+            if rank == me
         }
         self.cuts = cuts
         for i, (src, dst) in enumerate(zip(before, self._ranks(), strict=True)):
@@ -169,14 +171,33 @@ class PipelineParallel:
                 send_state(self.comm, states.pop(i), dst)
             elif src != dst and me == dst:
                 states[i] = receive_state(self.comm, src)
-        if self.optimizer is not None:  # a learning rate that was changed, kept while there is nothing to update
-            groups = self.optimizer.param_groups
-            self._options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        options = self._options(before)
         self._place()
         put_states(states.values(), self.stages.values(), self.optimizer)
         if self.optimizer is not None:
-            for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
-                group |= options
+            for group, of_group in zip(self.optimizer.param_groups, options, strict=False):
+                group |= of_group
+
+    def _options(self, before: Sequence[int]) -> list[dict[str, Any]]:
+        """Those of this rank's optimizer, a group after the other, or of the first rank's that had one before a move.
+
+        Args:
+            before: the rank that every layer had.
+        """
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        had, has = (
+            {rank for layer, rank in zip(self._layers, ranks, strict=True) if any(layer.named_parameters())}
+            for ranks in (before, self._ranks())
+        )
+        if has <= had:
+            return options
+        said = [
+            {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+            for group in options
+        ]
+        of_ranks = exchange(said, self.comm)
+        return options or next(filter(None, of_ranks))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's ordinary `state_dict`, on every rank.
@@ -209,7 +230,8 @@ class PipelineParallel:
             MplabError: inputs and targets of different lengths, or fewer samples than micro-batches.
 
         **Communication**: for every micro-batch and each cut between two ranks an activation to the next and its
-        gradient back; the gradients of tied weights (all_reduce among the ranks that hold them); the loss (broadcast).
+        gradient back, an empty message where it has none; the gradients of tied weights (all_reduce among the ranks
+        that hold them); the loss (broadcast).
         """
         inputs, targets = batch
         num_parts = self.schedule.num_microbatches
@@ -238,19 +260,33 @@ class PipelineParallel:
 
 
 _DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+_RATES = "dropout", "attention_dropout"  # of what drops by itself: nn.LSTM, nn.MultiheadAttention; Hugging Face's Llama
 _NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
 
 
 def refuse_recomputation(model: nn.Module) -> None:
-    """Of what does something else, or once more, when it is computed again."""
+    """Of what does something else, or once more, when it is computed again.
+
+    A forward that itself calls `functional.dropout`, or draws otherwise, can't be seen: its gradients are then those of
+    another draw than the loss.
+
+    Raises:
+        MplabError: a module of the model is one of these.
+    """
     for name, module in model.named_modules():
         if not module.training:
             continue
-        p = module.p if isinstance(module, _DROPOUTS) else getattr(module, "attention_dropout", None)
-        if isinstance(p, float) and p > 0:
+        rates = [module.p] if isinstance(module, _DROPOUTS) else [getattr(module, rate, None) for rate in _RATES]
+        for p in rates:
+            if isinstance(p, float) and p > 0:
+                raise MplabError(
+                    f"recompute=True, but {name} drops activations at random (p = {p}), and would drop others the "
+                    "second time: set its p to 0, or recompute=False"
+                )
+        if isinstance(module, nn.RReLU) and module.lower < module.upper:
             raise MplabError(
-                f"recompute=True, but {name} drops activations at random (p = {p}), and would drop others the second "
-                "time: set its p to 0, or recompute=False"
+                f"recompute=True, but {name} draws its slopes at random (from {module.lower} to {module.upper}), and "
+                "would draw others the second time: set its upper to its lower, or recompute=False"
             )
         if isinstance(module, _NORMS) and module.track_running_stats:
             raise MplabError(
