@@ -283,6 +283,11 @@ def of(model: Callable[[], nn.Module], **changes: str | None) -> tuple[nn.Module
 
 
 # What is asked for (model and plan, ranks, sequence parallelism), and what the message must say.
+def after_a_linear_layer(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        return nn.Sequential(nn.Linear(8, 8), make())
+
+
 REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], int, bool, str]] = {
     "names nothing": (
         lambda: (gpt(), {"blocks.*.mlp.upp": "column"}),
@@ -437,6 +442,18 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], int, bool, str]] =
         2,
         False,
         r"config\.attention_dropout is 0\.2",
+    ),
+    "dropout of another kind": (
+        lambda: (after_a_linear_layer(lambda: nn.AlphaDropout(0.1)), {"0": "column_gather"}),
+        2,
+        False,
+        r"1 \(AlphaDropout\) drops activations at random \(p = 0\.1\), each rank others",
+    ),
+    "dropout inside a layer": (
+        lambda: (after_a_linear_layer(lambda: nn.LSTM(8, 8, 2, dropout=0.3)), {"0": "column_gather"}),
+        2,
+        False,
+        r"1 \(LSTM\) drops activations at random \(p = 0\.3\)",
     ),
     "the meta device": (lambda: (chain_on_meta(), {"0": "column", "1": "row"}), 2, False, "meta device"),
 }

@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+_DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+_RATES = "dropout", "attention_dropout"  # of what drops by itself: nn.LSTM, nn.MultiheadAttention; Hugging Face's Llama
+
+
+def dropped_share(module: nn.Module) -> float:
+    """The share of activations that a module says it drops at random, not by modules inside of it; 0: none."""
+    rates = [module.p] if isinstance(module, _DROPOUTS) else [getattr(module, rate, None) for rate in _RATES]
+    return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
+
 
 class SeededDropout(nn.Module):
     """Dropout that draws from a generator of its own: ranks with the same seed drop the same.

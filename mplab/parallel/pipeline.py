@@ -21,6 +21,7 @@ from mplab.errors import MplabError
 from mplab.models import Stage, cross_entropy, layers, tied_names
 from mplab.parallel.agree import check_agreement, exchange
 from mplab.parallel.backward import SplitBackward
+from mplab.parallel.dropout import dropped_share
 from mplab.parallel.interpreter import Interpreter, program
 from mplab.parallel.layer_state import put_states, receive_state, send_state, take_state
 from mplab.parallel.serial import LossFunction, check_batch
@@ -259,8 +260,6 @@ class PipelineParallel:
         return float(self.comm.broadcast(torch.stack(losses).sum() if losses else None, self.schedule.rank_of[last]))
 
 
-_DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
-_RATES = "dropout", "attention_dropout"  # of what drops by itself: nn.LSTM, nn.MultiheadAttention; Hugging Face's Llama
 _NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
 
 
@@ -276,13 +275,11 @@ def refuse_recomputation(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not module.training:
             continue
-        rates = [module.p] if isinstance(module, _DROPOUTS) else [getattr(module, rate, None) for rate in _RATES]
-        for p in rates:
-            if isinstance(p, float) and p > 0:
-                raise MplabError(
-                    f"recompute=True, but {name} drops activations at random (p = {p}), and would drop others the "
-                    "second time: set its p to 0, or recompute=False"
-                )
+        if (p := dropped_share(module)) > 0:
+            raise MplabError(
+                f"recompute=True, but {name} drops activations at random (p = {p}), and would drop others the second "
+                "time: set its p to 0, or recompute=False"
+            )
         if isinstance(module, nn.RReLU) and module.lower < module.upper:
             raise MplabError(
                 f"recompute=True, but {name} draws its slopes at random (from {module.lower} to {module.upper}), and "

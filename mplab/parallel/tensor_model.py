@@ -14,7 +14,7 @@ from mplab.errors import MplabError
 from mplab.parallel import operators
 from mplab.parallel.agree import check_agreement
 from mplab.parallel.cut import ParallelLayer, TensorAxis
-from mplab.parallel.dropout import SeededDropout
+from mplab.parallel.dropout import SeededDropout, dropped_share
 from mplab.parallel.shares import described
 from mplab.parallel.tensor_layers import (
     SEQUENCE_DIM,
@@ -52,8 +52,9 @@ def tensor_parallel(
         layer that gives them; to sample from them (`generate`) say "column_gather" there.
 
     Raises:
-        MplabError: a plan that doesn't fit the model or the number of ranks; dropout inside attention; ranks that were
-            given different settings.
+        MplabError: a plan that doesn't fit the model or the number of ranks; dropout inside attention, or of another
+            kind than nn.Dropout (a call of `functional.dropout` can't be seen); ranks that were given different
+            settings.
 
     **Communication**: at the start the settings (all_gather), what is cut (scatter), all else (broadcast).
     `mplab.plan.tensor` counts that of a forward and backward.
@@ -200,4 +201,10 @@ def _check_dropout(model: nn.Module) -> None:
             raise MplabError(
                 f"config.{name} is {getattr(config, name)}: attention would draw its mask from the generator that all "
                 "ranks of a process share, in any order. Set it to 0; other dropout is kept"
+            )
+    for path, module in model.named_modules() if model.training else ():
+        if not isinstance(module, nn.Dropout) and (p := dropped_share(module)) > 0:
+            raise MplabError(
+                f"{path} ({type(module).__name__}) drops activations at random (p = {p}), each rank others: set it to "
+                "0, or take nn.Dropout, whose masks ranks agree on"
             )

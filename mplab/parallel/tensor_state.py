@@ -107,7 +107,8 @@ def check_whole_gradients(model: nn.Module, comm: Communicator) -> None:
         raise MplabError(
             f"{name} is whole on each of {comm.size} ranks, and its gradient is another on every one: it works on what "
             f'is cut, without the plan saying so. Give {name.rpartition(".")[0] or name} the style "partial", so that '
-            "its gradients are added up, or cut it too"
+            "its gradients are added up, or cut it too. Or each rank drops other activations, where the model does so "
+            "without an nn.Dropout: make it one, whose masks are the same on all"
         )
 
 
