@@ -108,6 +108,11 @@ from mplab import World
 world = World.from_env(timeout_s=2)
 me, folder = world.rank.index, Path(sys.argv[1])
 
+def tell(name, what):
+    # whoever finds the file finds all of it
+    (folder / f"{name}.{me}.new").write_text(json.dumps(what))
+    (folder / f"{name}.{me}.new").rename(folder / f"{name}.{me}")
+
 def is_there(name):
     while not (folder / name).exists():
         time.sleep(0.01)
@@ -125,20 +130,19 @@ def until_it_breaks(rank):
     while True:
         rank.comm.barrier()
 
-(folder / f"joined.{me}").write_text(json.dumps([str(world), world.notes]))
+tell("joined", [str(world), world.notes])
 is_there("slow")
 said = []
 for num_messages, size_bytes in json.loads(sys.argv[2]):
     took_s = world.run(exchange, num_messages, size_bytes)[0]
     messages = [message for message in world.ledgers[0].messages if message.op == "all_reduce_"]
     said.append([took_s, len(messages), sum(message.sent_bytes for message in messages)])
-(folder / f"said.{me}").write_text(json.dumps(said))
+tell("said", said)
 is_there("fast")
 try:
     world.run(until_it_breaks)
 except BaseException as error:
-    (folder / f"broke.{me}.new").write_text(json.dumps([time.monotonic(), type(error).__name__, str(error)]))
-    (folder / f"broke.{me}.new").rename(folder / f"broke.{me}")
+    tell("broke", [time.monotonic(), type(error).__name__, str(error)])
     raise
 """
 
