@@ -226,7 +226,7 @@ class World:
                     torch.set_num_threads(num_threads)
         if hub.failure is not None:
             raise _explained(hub, ranks)
-        hub.fail(OVER, None)
+        hub.fail(OVER, None)  # nobody watches any more: who still waited would do so for ever
         return results
 
     def _rank(self, index: int, hub: Hub) -> Rank:
