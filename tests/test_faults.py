@@ -1055,18 +1055,8 @@ def test_two_worlds_that_fail_at_once_leave_the_hook_for_lost_exceptions_as_it_w
 def test_a_wait_after_its_run_ends() -> None:
     """Nobody watches it any more."""
     handle = World(2, "cpu").run(lambda rank: rank.comm.irecv(1 - rank.index))[0]
-    errors: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            handle.wait()
-        except MplabError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    thread.join(5)
-    assert "its run is over" in str(errors)
+    with at_most(5), pytest.raises(MplabError, match="its run is over"):
+        handle.wait()
 
 
 def test_what_stops_a_rank_that_has_just_ended_stops_no_thread_that_has_its_number_now(

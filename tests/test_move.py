@@ -133,18 +133,25 @@ def test_what_the_optimizer_remembers_is_where_the_layer_is() -> None:
     assert set(of_ranks[0][1]) > set(of_ranks[0][0])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_learning_rate_that_was_changed_is_kept(optimizer: str) -> None:
-    def slower(of: torch.optim.Optimizer | None) -> None:
-        for group in of.param_groups if of is not None else ():
-            group["lr"] *= 0.5
+def slow_down(optimizer: torch.optim.Optimizer | None) -> None:
+    for group in optimizer.param_groups if optimizer is not None else ():
+        group["lr"] *= 0.5
 
-    model = chain()
+
+def slower_and_slower(model: nn.Module, data: Sequence[Batch], optimizer: str) -> list[float]:
+    """The losses of serial training whose learning rate is halved after every step."""
     serial = Serial(model, OPTIMIZERS[optimizer](model.parameters()))
     losses = []
-    for batch in DATA:
+    for batch in data:
         losses.append(serial.step(batch))
-        slower(serial.optimizer)
+        slow_down(serial.optimizer)
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_learning_rate_that_was_changed_is_kept(optimizer: str) -> None:
+    model = chain()
+    losses = slower_and_slower(model, DATA, optimizer)
 
     def work(rank: Rank) -> None:
         pipe = PipelineParallel(chain(), (4,), rank.comm, num_microbatches=3, optimizer=OPTIMIZERS[optimizer])
@@ -152,7 +159,7 @@ def test_a_learning_rate_that_was_changed_is_kept(optimizer: str) -> None:
         for batch, cut in zip(DATA, (4, 2, 7, 1, 5), strict=True):
             pipe.move((cut,))
             got.append(pipe.step(batch))
-            slower(pipe.optimizer)
+            slow_down(pipe.optimizer)
         assert got == pytest.approx(losses, abs=TOLERANCE)
 
     World(2, "cpu").run(work)
@@ -178,16 +185,8 @@ def test_a_learning_rate_outlives_a_time_without_weights() -> None:
 def test_a_rank_that_had_no_weights_takes_the_learning_rate_of_the_others(optimizer: str) -> None:
     """Which has changed while the rank had no optimizer to change it in, at the start or for a time."""
 
-    def slower(of: torch.optim.Optimizer | None) -> None:
-        for group in of.param_groups if of is not None else ():
-            group["lr"] *= 0.5
-
     data, model = pictures(), MLP((3, 5, 4, 2)).double()
-    serial = Serial(model, OPTIMIZERS[optimizer](model.parameters()))
-    losses = []
-    for batch in data:
-        losses.append(serial.step(batch))
-        slower(serial.optimizer)
+    losses = slower_and_slower(model, data, optimizer)
 
     def work(rank: Rank) -> None:
         options = {"num_microbatches": 3, "optimizer": OPTIMIZERS[optimizer]}
@@ -197,7 +196,7 @@ def test_a_rank_that_had_no_weights_takes_the_learning_rate_of_the_others(optimi
             pipe.move(cuts)
             assert (pipe.optimizer is None) == (rank.index == 1 and cuts in ((1, 2), (3, 4)))
             got.append(pipe.step(batch))
-            slower(pipe.optimizer)
+            slow_down(pipe.optimizer)
         assert got == pytest.approx(losses, abs=TOLERANCE)
         torch.testing.assert_close(pipe.state_dict(), dict(model.state_dict()), rtol=0, atol=TOLERANCE)
 

@@ -17,7 +17,7 @@ from mplab.comm.calls import Call
 from mplab.comm.communicator import Communicator, Handle
 from mplab.comm.ledger import Ledger
 from mplab.errors import MplabError
-from mplab.homework.limited import Attempt, counted, outcome_of
+from mplab.homework.limited import Attempt, borrowed_by, counted, outcome_of
 from mplab.trace.recorder import Recorder
 from mplab.world.rank import Rank
 from mplab.world.world import World
@@ -99,7 +99,7 @@ def attempt(
         return counted(counts[rank.index], call, sys.maxsize, ANSWERS)  # an endless one is late for the others
 
     results, trial.error = outcome_of(lambda: world.run(main))
-    trial.borrowed = tuple(dict.fromkeys(name for count in counts for name in count.borrowed))
+    trial.borrowed = borrowed_by(counts)
     trial.results = results or []
     trial.ledgers = world.ledgers
     trial.is_input_changed = [not torch.equal(a, b) for a, b in zip(given, trial.inputs, strict=True)]

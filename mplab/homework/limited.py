@@ -200,6 +200,11 @@ def error(hint_where_slow: str) -> Callable[[Attempt], Complaint | None]:
     return look
 
 
+def borrowed_by(ranks: Iterable[Attempt]) -> tuple[str, ...]:
+    """What any of them borrowed, each name once."""
+    return tuple(dict.fromkeys(name for rank in ranks for name in rank.borrowed))
+
+
 def borrowed(tried: _Lender) -> Complaint | None:
     """A call of what the library has already."""
     hint = "write it yourself: what does the work for you has nothing to teach"

@@ -15,7 +15,7 @@ from mplab.comm.calls import Call
 from mplab.comm.communicator import Communicator, Handle, T
 from mplab.comm.ledger import Ledger, Message
 from mplab.errors import CollectiveMismatch, CommTimeout, Deadlock
-from mplab.homework.limited import Attempt, TooManySteps, counted, outcome_of
+from mplab.homework.limited import Attempt, TooManySteps, borrowed_by, counted, outcome_of
 from mplab.homework.report import Complaint, say_error
 from mplab.parallel import DataParallel, naive_data_parallel, parameter_server, scatter_gather
 from mplab.parallel.buckets import Reducer, make_buckets
@@ -125,7 +125,7 @@ def run(num_ranks: int, main: Callable[[Rank, Watched], object]) -> Run:
 
     tried.result, tried.error = outcome_of(lambda: world.run(on_rank))
     tried.ranks = [ranks[rank] for rank in sorted(ranks)]
-    tried.borrowed = tuple(dict.fromkeys(name for count in counts for name in count.borrowed))
+    tried.borrowed = borrowed_by(counts)
     return tried
 
 
